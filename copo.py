@@ -195,6 +195,11 @@ def aggregate(token_loss, mask, mode, max_tokens=None, num_tokens=None, num_sequ
     raise ValueError(f"aggregation is '{mode}'; it must be one of {', '.join(AGGREGATIONS)}")
 
 
+def _sum_and_count(values, mask):
+    """Sum of values (B,T) where mask, and how many; float64, so that the order of micro-batches does not show."""
+    return torch.where(mask, values.double(), 0.0).sum(), mask.sum().double()
+
+
 def copo_loss(
     logprobs, old_logprobs, mask, local_adv, global_adv, weight, *,
     global_coef=1.0, clip_low=0.2, clip_high=0.2, dual_clip=3.0, aggregation="seq-mean-token-mean",
@@ -241,11 +246,6 @@ def copo_loss(
         share = torch.where(total > 0, local_size / total, 0.0).expand_as(logprobs)
         metrics["local_share"] = _sum_and_count(share, mask & (total > 0))
     return loss, metrics
-
-
-def _sum_and_count(values, mask):
-    """Sum of values (B,T) where mask, and how many; float64, so that the order of micro-batches does not show."""
-    return torch.where(mask, values.double(), 0.0).sum(), mask.sum().double()
 
 
 # ---------------------------------------------------------------------------------- the worked batch
