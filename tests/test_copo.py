@@ -534,6 +534,7 @@ def test_overlong_penalty_by_hand():
     close(copo.overlong_penalty(lengths, 100, 20, 1.0), [[0, 0, -0.25], [-0.5, -1, -1]])
     close(copo.overlong_penalty(lengths, 100, 0.2, 0.5), [[0, 0, -0.125], [-0.25, -0.5, -0.5]])
     close(copo.overlong_penalty(torch.tensor([0, 50, 100]), 100, 100, 1.0), [0, -0.5, -1])
+    close(copo.overlong_penalty(torch.tensor([99, 100]), 100, 1, 1.0), [0, -1])  # one token, not the whole limit
     for buffer in (0, -1, 101):
         with pytest.raises(ValueError, match=f"overlong buffer is {buffer}"):
             copo.overlong_penalty(lengths, 100, buffer, 1.0)
