@@ -1,0 +1,383 @@
+"""eval.py: metrics against hand-computed cases and brute force, the command against its own per-sample file.
+
+Bugs these tests guard against: "no answer" winning a vote; a tie broken by the order of the samples; a biased pass@k;
+an interval over samples where problems should be resampled; noise that depends on the batch, on --limit or on the order
+of the problems; a share of right answers that disagrees with the file written beside it; half a file after a failure;
+a traceback where a sentence would do.
+"""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import eval as evaluation_module  # the name would hide the builtin
+from eval import bootstrap_interval, evaluate, main, maj_at_k, mean_at_k, metrics_per_problem, pass_at_k
+from reward import Problem, Verifier, load_problems
+from sampler import Samples
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+@pytest.mark.parametrize(
+    ("right", "classes", "credit"),
+    [
+        ([1, 1, 0, 0], [0, 0, 1, 2], 1),
+        ([0, 1, 0, 0], [1, 0, 1, 2], 0),  # 2 votes for a wrong answer, 1 for the right one
+        ([1, 1, 0, 0], [0, 0, 1, 1], 1 / 2),
+        ([0, 0, 1, 1], [1, 1, 0, 0], 1 / 2),  # the same tie in the other order
+        ([0, 1, 0, 0], [5, 7, 9, -1], 1 / 3),
+        ([0, 0, 0, 0], [1, 1, 2, 2], 0),
+        ([0, 0, 0, 1], [-1, -1, -1, 0], 1),  # silence is no candidate
+        ([0, 0, 0, 0], [-1, -1, -1, -1], 0),
+        ([1, 1, 1, 1], [0, 0, 0, 0], 1),
+    ],
+)
+def test_majority_vote_by_hand(right, classes, credit):
+    assert maj_at_k(np.array([right], bool), np.array([classes])).tolist() == [pytest.approx(credit)]
+
+
+def test_mean_and_majority_are_per_problem():
+    right, classes = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]], bool), np.array([[0, 1, 1], [3, 3, 1], [-1, 0, 1]])
+    assert mean_at_k(right).tolist() == pytest.approx([1 / 3, 2 / 3, 0])
+    assert maj_at_k(right, classes).tolist() == [0, 1, 0]
+    assert mean_at_k([[True, False]]).tolist() == [0.5]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_pass_at_k_is_the_mean_over_all_subsets(n):
+    rows = list(itertools.product([False, True], repeat=n))
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations(range(n), k))
+        brute = [sum(any(row[i] for i in subset) for subset in subsets) / len(subsets) for row in rows]
+        assert pass_at_k(rows, k).tolist() == pytest.approx(brute)
+
+
+def test_pass_at_k_by_hand():
+    # 2 right of 4: 1 − C(2,2)/C(4,2) = 5/6, where the biased 1 − (1 − 2/4)² is 3/4
+    assert pass_at_k([[1, 1, 0, 0]], 2).tolist() == pytest.approx([5 / 6])
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"pass@{k} needs"):
+            pass_at_k([[1, 1, 0, 0]], k)
+
+
+def test_names_of_the_metrics():
+    def names(k):
+        return list(metrics_per_problem(np.zeros((2, k), bool), np.zeros((2, k), int)))
+
+    assert names(1) == ["mean@1"]
+    assert names(2) == ["mean@2", "maj@2", "pass@2"]
+    assert names(6) == ["mean@6", "maj@6", "pass@2", "pass@4", "pass@6"]
+    assert names(8) == ["mean@8", "maj@8", "pass@2", "pass@4", "pass@8"]
+
+
+def test_bootstrap_interval_by_hand():
+    # Two problems, 0 and 1: the mean is 0, 1/2, 1 with chances 1/4, 1/2, 1/4
+    assert bootstrap_interval([0, 1], level=0.95) == (0, 1)
+    assert bootstrap_interval([0, 1], level=0.4) == (0.5, 0.5)
+    assert bootstrap_interval([0.25, 0.25, 0.25]) == (0.25, 0.25)
+    assert bootstrap_interval([1.0], resamples=130) == (1, 1)
+    # 30 of 100 right: the binomial's 2.5 % and 97.5 % points
+    chance = [math.comb(100, c) * 0.3**c * 0.7 ** (100 - c) for c in range(101)]
+    points = [next(c for c in range(101) if sum(chance[: c + 1]) >= q) / 100 for q in (0.025, 0.975)]
+    values = [1] * 30 + [0] * 70
+    assert bootstrap_interval(values) == pytest.approx(points, abs=0.0101)
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    spread = np.linspace(0, 1, 37) ** 2
+    assert bootstrap_interval(spread, seed=3, resamples=250) != bootstrap_interval(spread, seed=4, resamples=250)
+
+
+# ------------------------------------------------------------------------------------------------ a tiny model
+
+# Byte-level names: Ġ is the space, Ċ the end of line. That is what transformers expects of a tokenizer beside a Qwen2
+# configuration; whatever tokenizer_config.json says, it replaces the splitter and the decoder by Qwen2's own.
+CHARACTERS = sorted(set("0123456789+-*/=?.,:#$%()\\{}abcdefghijklmnopqrstuvwxyzAPWĠĊ"))
+FLAGS = ["--max-new-tokens", "6", "--instruction", "", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random Qwen2-shaped model with a character tokenizer, as an ordinary Hugging Face directory."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))  # no merges: every character is a token
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(path)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(vocabulary) + 6, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=48, tie_word_embeddings=True,
+        initializer_range=0.6, eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    problems = [("1+1=?", "2"), ("2*3=?", "6"), ("9-5=?", "4"), ("what is 8-8?", "0"), ("7", "7")]
+    path.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in problems))
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return evaluation_module.load_checkpoint(str(checkpoint), "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier() as pool:
+        yield pool
+
+
+def run(capsys, checkpoint, data, *flags):
+    main(["--model", str(checkpoint), "--data", str(data), *FLAGS, *map(str, flags)])
+    return capsys.readouterr().out
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ evaluate
+
+
+def test_evaluate_reads_what_was_sampled(loaded, verifier, monkeypatch):
+    """Known texts instead of a model's: verdicts, classes, answers and lengths land at their problem and sample."""
+    model, tokenizer, stop_ids = loaded
+    texts = ["it is \\boxed{4}", "\\boxed{5}", "\\boxed{04}", "dunno", "\\boxed{5}", "\\boxed{6}"]
+    seen = {}
+
+    def known(model, prompts, group_size, max_new_tokens, temperature, top_p, top_k, **options):
+        seen.update(options, prompts=prompts, group_size=group_size, max_new_tokens=max_new_tokens)
+        seen["numbers"] = (temperature, top_p, top_k)
+        rows = [tokenizer(text)["input_ids"] + [0] for text in texts]  # 0 ends a response
+        lengths = torch.tensor([len(row) for row in rows])
+        tokens = torch.tensor([row + [7] * (20 - len(row)) for row in rows])  # padding must not be read
+        return Samples(tokens, torch.zeros(tokens.shape), lengths, torch.tensor([True, True, True, False, True, True]))
+
+    monkeypatch.setattr(evaluation_module, "sample", known)
+    problems = [Problem(3, "2+2=?", "4", None, False), Problem(11, "2+3=?", "6", None, False)]
+    result = evaluate(
+        model, tokenizer, problems, verifier, k=3, max_new_tokens=20, temperature=0.7, top_p=0.9, top_k=5,
+        stop_ids=stop_ids, seed=5, system=None, instruction="", max_rows=4,
+    )  # fmt: skip
+    assert result.responses == [texts[:3], texts[3:]]
+    assert result.verdicts.tolist() == [[True, False, True], [False, False, True]]
+    assert result.answers[0][:2] == ["4", "5"] and result.answers[1][0] is None
+    first, second = result.classes.tolist()
+    assert first[0] == first[2] != first[1] and second[0] == -1 and second[1] != second[2]
+    assert result.lengths.tolist() == [[16, 10, 11], [6, 10, 10]]
+    assert result.finished.tolist() == [[True, True, True], [False, True, True]]
+    assert not result.timed_out.any()
+    assert seen["rows"] == [3, 11] and seen["seed"] == 5 and seen["group_size"] == 3 and seen["max_rows"] == 4
+    assert seen["max_new_tokens"] == 20 and seen["numbers"] == (0.7, 0.9, 5) and seen["stop_ids"] == stop_ids
+    assert tokenizer.decode(seen["prompts"][0]).strip() == "2+2=?"
+
+
+def test_noise_belongs_to_the_row_not_to_the_call(loaded, verifier, data):
+    """One problem alone, all in another order, a bound on rows: the same responses per data row and sample."""
+    model, tokenizer, stop_ids = loaded
+    problems = load_problems(str(data))
+
+    def responses(problems, **options):
+        options = {"k": 3, "max_new_tokens": 6, "stop_ids": stop_ids, "instruction": "", "seed": 1, **options}
+        result = evaluate(model, tokenizer, problems, verifier, **options)
+        return {problem.row: row for problem, row in zip(problems, result.responses)}
+
+    whole = responses(problems)
+    assert len({text for row in whole.values() for text in row}) > 5
+    assert responses(problems[::-1], max_rows=2) == whole
+    assert responses(problems[3:4])[3] == whole[3]
+    assert responses(problems, seed=2) != whole
+    assert [row[:2] for row in responses(problems, k=2).values()] == [row[:2] for row in whole.values()]
+
+
+def test_a_rank_without_problems(loaded, verifier):
+    model, tokenizer, stop_ids = loaded
+    result = evaluate(model, tokenizer, [], verifier, k=4, max_new_tokens=6, stop_ids=stop_ids)
+    assert result.verdicts.shape == result.classes.shape == result.lengths.shape == (0, 4) and result.responses == []
+
+
+def test_prompt_and_response_must_fit_the_model(loaded, verifier):
+    model, tokenizer, stop_ids = loaded
+    options = {"k": 1, "stop_ids": stop_ids, "instruction": ""}
+    length = len(evaluation_module.encode_prompt(tokenizer, "1+1", None, ""))
+    problems = [Problem(8, "1+1", "2", None, False)]
+    evaluate(model, tokenizer, problems, verifier, max_new_tokens=48 - length, **options)
+    with pytest.raises(ValueError, match=f"data row 8: {length} prompt tokens and {49 - length} new ones exceed .* 48"):
+        evaluate(model, tokenizer, problems, verifier, max_new_tokens=49 - length, **options)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_table_agrees_with_the_samples_file(capsys, checkpoint, data, tmp_path):
+    out = tmp_path / "samples.jsonl"
+    text = run(capsys, checkpoint, data, "--k", 4, "--out", out, "--seed", 3, "--temperature", 0.8)
+    lines = read(out)
+    assert [(line["row"], line["sample"]) for line in lines] == [(i, j) for i in range(5) for j in range(4)]
+    keys = "row sample right class answer reference length finished timed_out response"
+    assert all(list(line) == keys.split() for line in lines)
+    assert [line["reference"] for line in lines[::4]] == ["2", "6", "4", "0", "7"]
+    assert os.listdir(tmp_path) == ["samples.jsonl"] and "\x1b" not in text and "\r" not in text
+    right = np.array([line["right"] for line in lines]).reshape(5, 4)
+    figures = {row.split()[0]: row.split()[1:] for row in text.splitlines() if "@" in row.split(" ")[0]}
+    assert list(figures) == ["mean@4", "maj@4", "pass@2", "pass@4"]
+    assert figures["mean@4"][0] == f"{right.mean():.1%}"
+    assert figures["pass@4"][0] == f"{right.any(axis=1).mean():.1%}"
+    low, high = bootstrap_interval(right.mean(axis=1), seed=3)
+    assert figures["mean@4"][1:] == [f"{low:.1%}", "..", f"{high:.1%}"]
+    assert f"finished {np.mean([line['finished'] for line in lines]):.1%}" in text
+    assert f"no answer {np.mean([line['class'] == -1 for line in lines]):.1%}" in text
+    assert f"{np.mean([line['length'] for line in lines]):.1f} tokens a response" in text
+    assert "5 problems; 4 x temperature 0.8, top-p 1, top-k 0" in text
+
+
+def test_the_file_depends_on_the_seed_alone(capsys, checkpoint, data, tmp_path):
+    def lines(name, *flags):
+        run(capsys, checkpoint, data, "--k", 2, "--out", tmp_path / name, *flags)
+        return read(tmp_path / name)
+
+    whole = lines("a")
+    assert lines("a") == whole  # an older file is replaced
+    assert lines("b", "--rollout-batch", 3) == whole
+    assert lines("c", "--limit", 2) == whole[:4]
+    assert lines("d", "--seed", 1) != whole
+    assert {line["sample"] for line in lines("e", "--top-k", 1)} == {0, 1}
+
+
+def test_greedy_is_one_response_that_no_seed_changes(capsys, checkpoint, data, tmp_path):
+    text = run(capsys, checkpoint, data, "--greedy", "--out", tmp_path / "a")
+    run(capsys, checkpoint, data, "--greedy", "--out", tmp_path / "b", "--seed", 9)
+    run(capsys, checkpoint, data, "--k", 1, "--top-k", 1, "--out", tmp_path / "c")
+    assert read(tmp_path / "a") == read(tmp_path / "b") == read(tmp_path / "c")
+    assert len(read(tmp_path / "a")) == 5
+    assert "mean@1" in text and "maj@1" not in text and "1 x greedy" in text
+
+
+def test_ids_beyond_the_tokenizer_are_masked(loaded):
+    model, tokenizer, _ = loaded
+    assert model.num_tokens == len(tokenizer) == model.config.vocab_size - 6
+
+
+def refused(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    assert stop.value.code == 2
+    assert output.err.count("\n") == 1 and output.err.startswith("eval.py: ") and "metric" not in output.out
+    return output.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--k", 0], "--k is 0"),
+        (["--k", "many"], "--k: invalid int value"),
+        (["--temperature", 0], "--temperature is 0.0"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--top-p", 0], "--top-p is 0.0"),
+        (["--top-p", 1.5], "--top-p is 1.5"),
+        (["--top-k", -1], "--top-k is -1"),
+        (["--max-new-tokens", 0], "--max-new-tokens is 0"),
+        (["--limit", -3], "--limit is -3"),
+        (["--seed", -1], "--seed is -1"),
+        (["--rollout-batch", -1], "--rollout-batch is -1"),
+        (["--greedy", "--k", 4], "--greedy has one response"),
+        (["--greedy", "--top-p", 0.5], "--greedy has one response"),
+        (["--device", "tpu"], "--device: invalid choice"),
+        (["--dtype", "float16"], "--dtype: invalid choice"),
+        (["--temp", 1], "--temp"),  # no guessing at half a flag
+        (["--max-new-tokens", 100], "exceed the model's 48 positions"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(capsys, checkpoint, data, tmp_path, flags, words):
+    out = tmp_path / "out.jsonl"
+    arguments = ["--model", checkpoint, "--data", data, "--device", "cpu", "--out", out, *flags]
+    assert words in refused(capsys, arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_wrong_files_end_in_one_line(capsys, checkpoint, data, tmp_path):
+    good = {"--model": checkpoint, "--data": data, "--device": "cpu", "--out": tmp_path / "out.jsonl"}
+
+    def message(**changes):
+        flags = {**good, **{f"--{name}": value for name, value in changes.items()}}
+        return refused(capsys, itertools.chain(*flags.items()))
+
+    assert "--data" in refused(capsys, ["--model", checkpoint])
+    assert "nowhere.jsonl" in message(data=tmp_path / "nowhere.jsonl")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": \n')
+    assert f"{broken}:2" in message(data=broken)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"problem": "1+1", "answer": ""}\n')
+    assert "no usable problem" in message(data=empty)
+    assert "cannot be written" in message(out=tmp_path)
+    assert "cannot be written" in message(out=tmp_path / "no" / "folder.jsonl")
+    assert "no such directory" in message(model=tmp_path / "no-model")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    assert "cannot load --model" in message(model=damaged)  # an empty directory
+    for name in os.listdir(checkpoint):
+        (damaged / name).write_bytes((checkpoint / name).read_bytes())
+    (damaged / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:200])
+    assert "cannot load --model" in message(model=damaged)
+    (damaged / "tokenizer.json").write_text('{"half": ')
+    assert "cannot load --model" in message(model=damaged)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_cuda_is_refused_where_there_is_none(capsys, checkpoint, data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in refused(capsys, ["--model", checkpoint, "--data", data, "--device", "cuda"])
+
+
+def test_a_failure_while_writing_leaves_the_old_file(capsys, checkpoint, data, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    out.write_text("old\n")
+    dumps, calls = json.dumps, []
+
+    def full_disk(line):
+        calls.append(line)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return dumps(line)
+
+    monkeypatch.setattr(evaluation_module.json, "dumps", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        result = evaluation_module.Evaluation(*[np.zeros((5, 1), int)] * 5, [["1"]] * 5, [["1"]] * 5)
+        evaluation_module.write_samples(str(out), load_problems(str(data)), result)
+    assert os.listdir(tmp_path) == ["out.jsonl"] and out.read_text() == "old\n"
+
+
+def test_interrupt_is_one_line(capsys, checkpoint, data, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation_module, "sample", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, checkpoint, data, "--out", tmp_path / "out.jsonl")
+    assert stop.value.code == 130 and capsys.readouterr().err.strip() == "eval.py: interrupted, nothing written"
+    assert os.listdir(tmp_path) == []
+
+
+def test_as_a_script(checkpoint, data):
+    """The file run as users run it: imports work, the table is on stdout, and a log file gets no progress bar."""
+    arguments = ["--model", checkpoint, "--data", data, *FLAGS, "--k", "2", "--limit", "1"]
+    script = evaluation_module.__file__
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "pass@2" in done.stdout and "Traceback" not in done.stderr and "tokens/s]" not in done.stderr
