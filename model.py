@@ -203,7 +203,7 @@ class KVCache:
     """Keys and values of every row, filled from index 0 without gaps; lengths (rows,) says how many each row holds.
 
     forward() appends to rows 0..B-1 and leaves the others alone; the cache grows as rows get longer. `longest` is an
-    upper bound of lengths that the host knows, so that nothing has to be read back from a device."""
+    upper bound of lengths that the host knows, so that nothing has to be read back from a device. No gradients."""
 
     def __init__(self, config, rows, capacity=0, dtype=torch.float32, device="cpu"):
         shape = (2, rows, config.num_key_value_heads, capacity, config.head_dim)  # 2: keys, values
@@ -226,6 +226,7 @@ class KVCache:
             mask = torch.zeros(hidden.shape, dtype=self.layers[0].dtype, device=hidden.device)
             self.mask = mask.masked_fill_(hidden, -torch.inf)[:, None].repeat(1, 1, self.group, 1)
 
+    @torch.no_grad()
     def write(self, layer, k, v):
         """Stores k, v (B,K,T,E) at the positions of begin(); returns the keys and values to attend to, (B,K,S,E)."""
         keys, values = self.layers[layer][:, : len(k), :, : self.longest]
