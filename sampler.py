@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from model import KVCache, model_directory
 
 PREFILL_TOKENS = 4096  # padded prompt tokens in one forward pass
-STOP_CHECK = 8  # tokens between two looks at the finished flags, except on the CPU
+STOP_CHECK = {"cpu": 1, "cuda": 8}  # tokens between two looks at the finished flags; a look makes a GPU run dry
 MASK64 = 2**64 - 1
 
 
@@ -188,6 +188,10 @@ def sample(
         raise ValueError("a prompt is empty: there is nothing to predict its first token from")
     if len(limits) != total_rows or min(limits) < 1:
         raise ValueError(f"max_new_tokens must be positive: one number, or one for each of the {total_rows} rows")
+    total = max(len(prompts[b // group_size]) + limit for b, limit in enumerate(limits))
+    if total > model.config.max_position_embeddings:
+        allowed = model.config.max_position_embeddings
+        raise ValueError(f"prompt and response of {total} tokens exceed the model's positions ({allowed})")
     if len(rows) != len(prompts):
         raise ValueError(f"rows names {len(rows)} data rows for {len(prompts)} prompts")
 
@@ -233,8 +237,7 @@ def sample(
             hidden = model(token[:, None], cache=cache, lengths=(~done).long())
             token, done = record(model.logits(hidden[:, 0]), row, done)
         ticks += 1
-        # Reading a flag makes a GPU finish its queue first, hence not after every token there.
-        if device.type == "cpu" or ticks % STOP_CHECK == 0:
+        if ticks % STOP_CHECK[device.type] == 0:
             if done.any():
                 kept = _drop_done(cache, done)
                 row, token, done = row[kept], token[kept], done[kept]
