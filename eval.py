@@ -131,7 +131,7 @@ def metrics_per_problem(verdicts, classes):
     metrics = {f"mean@{k}": mean_at_k(verdicts)}
     if k > 1:
         metrics[f"maj@{k}"] = maj_at_k(verdicts, classes)
-    for size in sorted({2**i for i in range(1, k.bit_length()) if 2**i <= k} | ({k} - {1})):
+    for size in sorted({2**i for i in range(1, k.bit_length())} | ({k} - {1})):
         metrics[f"pass@{size}"] = pass_at_k(verdicts, size)
     return metrics
 
@@ -228,10 +228,10 @@ def write_samples(path, problems, evaluation):
 
 def print_summary(evaluation, seconds, seed):
     """The table on the console: every metric with its interval, then what explains it."""
-    print(f"\n{'metric':<10}{'value':>10}    95 % interval")
+    print(f"\n{'metric':<10}{'value':>8}    95 % interval")
     for name, values in metrics_per_problem(evaluation.verdicts, evaluation.classes).items():
         low, high = bootstrap_interval(values, seed=seed)
-        print(f"{name:<10}{values.mean():>10.1%}    {low:.1%} .. {high:.1%}")
+        print(f"{name:<10}{values.mean():>8.1%}    {low:6.1%} .. {high:6.1%}")
     finished, silent, lengths = evaluation.finished.mean(), (evaluation.classes == -1).mean(), evaluation.lengths
     print("\nIntervals: bootstrap over problems. maj@k: missing answers do not vote, ties share the credit.")
     print(f"finished {finished:.1%}, no answer {silent:.1%}, checker time-outs {evaluation.timed_out.sum()}")
@@ -249,10 +249,12 @@ def main(argv=None):
         if not problems:
             raise ValueError(f"{args.data} holds no usable problem (dropped: {dict(dropped) or 'none'})")
         model, tokenizer, stop_ids = load_checkpoint(args.model, args.dtype, args.device)
-        how = "greedy" if args.greedy else f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}"
-        reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
-        print(f"{args.model} on {args.data}: {len(problems)} problems{reasons}; {args.k} x {how}")
-        print(f"seed {args.seed}, at most {args.max_new_tokens} tokens, {args.dtype} on {args.device}", flush=True)
+        reasons = "".join(f", {count} dropped ({reason})" for reason, count in sorted(dropped.items()))
+        shape = f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}"
+        how = "one greedy response each" if args.greedy else f"{args.k} samples each at {shape}, seed {args.seed}"
+        print(f"model     {args.model}, {args.dtype} on {args.device}")
+        print(f"data      {args.data}: {len(problems)} problems{reasons}")
+        print(f"sampling  {how}, at most {args.max_new_tokens} tokens", flush=True)
         started = time.monotonic()
         # disable=None: a bar on a terminal, nothing in a log file
         with Verifier() as verifier, tqdm(unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:

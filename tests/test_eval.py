@@ -83,6 +83,7 @@ def test_bootstrap_interval_by_hand():
     # Two problems, 0 and 1: the mean is 0, 1/2, 1 with chances 1/4, 1/2, 1/4
     assert bootstrap_interval([0, 1], level=0.95) == (0, 1)
     assert bootstrap_interval([0, 1], level=0.4) == (0.5, 0.5)
+    assert bootstrap_interval([0, 1], level=0.6) == (0, 1)
     assert bootstrap_interval([0.25, 0.25, 0.25]) == (0.25, 0.25)
     assert bootstrap_interval([1.0], resamples=130) == (1, 1)
     # 30 of 100 right: the binomial's 2.5 % and 97.5 % points
@@ -156,7 +157,7 @@ def read(path):
 def test_evaluate_reads_what_was_sampled(loaded, verifier, monkeypatch):
     """Known texts instead of a model's: verdicts, classes, answers and lengths land at their problem and sample."""
     model, tokenizer, stop_ids = loaded
-    texts = ["it is \\boxed{4}", "\\boxed{5}", "\\boxed{04}", "dunno", "\\boxed{5}", "\\boxed{6}"]
+    texts = ["it is \\boxed{4}", "\\boxed{5}", "\\boxed{2+2}", "dunno", "\\boxed{3+3}", "\\boxed{6}"]
     seen = {}
 
     def known(model, prompts, group_size, max_new_tokens, temperature, top_p, top_k, **options):
@@ -168,22 +169,23 @@ def test_evaluate_reads_what_was_sampled(loaded, verifier, monkeypatch):
         return Samples(tokens, torch.zeros(tokens.shape), lengths, torch.tensor([True, True, True, False, True, True]))
 
     monkeypatch.setattr(evaluation_module, "sample", known)
-    problems = [Problem(3, "2+2=?", "4", None, False), Problem(11, "2+3=?", "6", None, False)]
+    problems = [Problem(3, "2+2=?", "4", None, False), Problem(11, "2*3=?", "6", None, True)]  # a value is asked for
     result = evaluate(
         model, tokenizer, problems, verifier, k=3, max_new_tokens=20, temperature=0.7, top_p=0.9, top_k=5,
-        stop_ids=stop_ids, seed=5, system=None, instruction="", max_rows=4,
+        stop_ids=stop_ids, seed=5, system="sys", instruction="box it", max_rows=4,
     )  # fmt: skip
     assert result.responses == [texts[:3], texts[3:]]
     assert result.verdicts.tolist() == [[True, False, True], [False, False, True]]
     assert result.answers[0][:2] == ["4", "5"] and result.answers[1][0] is None
     first, second = result.classes.tolist()
     assert first[0] == first[2] != first[1] and second[0] == -1 and second[1] != second[2]
-    assert result.lengths.tolist() == [[16, 10, 11], [6, 10, 10]]
+    assert result.lengths.tolist() == [[16, 10, 12], [6, 12, 10]]
     assert result.finished.tolist() == [[True, True, True], [False, True, True]]
     assert not result.timed_out.any()
     assert seen["rows"] == [3, 11] and seen["seed"] == 5 and seen["group_size"] == 3 and seen["max_rows"] == 4
     assert seen["max_new_tokens"] == 20 and seen["numbers"] == (0.7, 0.9, 5) and seen["stop_ids"] == stop_ids
-    assert tokenizer.decode(seen["prompts"][0]).strip() == "2+2=?"
+    texts = [tokenizer.decode(prompt) for prompt in seen["prompts"]]
+    assert texts == ["sys\n2+2=?\nbox it\n", "sys\n2*3=?\nbox it\n"]
 
 
 def test_noise_belongs_to_the_row_not_to_the_call(loaded, verifier, data):
@@ -224,14 +226,15 @@ def test_prompt_and_response_must_fit_the_model(loaded, verifier):
 
 
 def test_table_agrees_with_the_samples_file(capsys, checkpoint, data, tmp_path):
-    out = tmp_path / "samples.jsonl"
-    text = run(capsys, checkpoint, data, "--k", 4, "--out", out, "--seed", 3, "--temperature", 0.8)
+    out, longer = tmp_path / "samples.jsonl", tmp_path / "longer.jsonl"
+    longer.write_text(data.read_text() + '{"problem": "no reference", "answer": ""}\n')
+    text = run(capsys, checkpoint, longer, "--k", 4, "--out", out, "--seed", 3, "--temperature", 0.8)
     lines = read(out)
     assert [(line["row"], line["sample"]) for line in lines] == [(i, j) for i in range(5) for j in range(4)]
     keys = "row sample right class answer reference length finished timed_out response"
     assert all(list(line) == keys.split() for line in lines)
     assert [line["reference"] for line in lines[::4]] == ["2", "6", "4", "0", "7"]
-    assert os.listdir(tmp_path) == ["samples.jsonl"] and "\x1b" not in text and "\r" not in text
+    assert sorted(os.listdir(tmp_path)) == ["longer.jsonl", "samples.jsonl"] and "\x1b" not in text and "\r" not in text
     right = np.array([line["right"] for line in lines]).reshape(5, 4)
     figures = {row.split()[0]: row.split()[1:] for row in text.splitlines() if "@" in row.split(" ")[0]}
     assert list(figures) == ["mean@4", "maj@4", "pass@2", "pass@4"]
@@ -242,7 +245,9 @@ def test_table_agrees_with_the_samples_file(capsys, checkpoint, data, tmp_path):
     assert f"finished {np.mean([line['finished'] for line in lines]):.1%}" in text
     assert f"no answer {np.mean([line['class'] == -1 for line in lines]):.1%}" in text
     assert f"{np.mean([line['length'] for line in lines]):.1f} tokens a response" in text
-    assert "5 problems; 4 x temperature 0.8, top-p 1, top-k 0" in text
+    assert ("cut off" in text) == (np.mean([line["finished"] for line in lines]) < 0.5)
+    assert "longer.jsonl: 5 problems, 1 dropped (" in text
+    assert "4 samples each at temperature 0.8, top-p 1, top-k 0, seed 3" in text
 
 
 def test_the_file_depends_on_the_seed_alone(capsys, checkpoint, data, tmp_path):
@@ -258,13 +263,29 @@ def test_the_file_depends_on_the_seed_alone(capsys, checkpoint, data, tmp_path):
     assert {line["sample"] for line in lines("e", "--top-k", 1)} == {0, 1}
 
 
+def test_flags_reach_the_sampler(capsys, checkpoint, data, monkeypatch):
+    seen, sample = {}, evaluation_module.sample
+
+    def spy(model, prompts, group_size, max_new_tokens, *numbers, **options):
+        seen.update(options, k=group_size, length=max_new_tokens, numbers=numbers)
+        seen["dtype"] = model.model.embed_tokens.weight.dtype
+        return sample(model, prompts, group_size, max_new_tokens, *numbers, **options)
+
+    monkeypatch.setattr(evaluation_module, "sample", spy)
+    flags = "--k 3 --temperature 0.5 --top-p 0.9 --top-k 7 --rollout-batch 4 --seed 8 --limit 1 --dtype float64"
+    text = run(capsys, checkpoint, data, *flags.split())
+    assert (seen["k"], seen["length"], seen["numbers"]) == (3, 6, (0.5, 0.9, 7))
+    assert (seen["max_rows"], seen["seed"], seen["rows"], seen["dtype"]) == (4, 8, [0], torch.float64)
+    assert "float64 on cpu" in text
+
+
 def test_greedy_is_one_response_that_no_seed_changes(capsys, checkpoint, data, tmp_path):
     text = run(capsys, checkpoint, data, "--greedy", "--out", tmp_path / "a")
     run(capsys, checkpoint, data, "--greedy", "--out", tmp_path / "b", "--seed", 9)
     run(capsys, checkpoint, data, "--k", 1, "--top-k", 1, "--out", tmp_path / "c")
     assert read(tmp_path / "a") == read(tmp_path / "b") == read(tmp_path / "c")
     assert len(read(tmp_path / "a")) == 5
-    assert "mean@1" in text and "maj@1" not in text and "1 x greedy" in text
+    assert "mean@1" in text and "maj@1" not in text and "one greedy response each" in text
 
 
 def test_ids_beyond_the_tokenizer_are_masked(loaded):
@@ -288,6 +309,7 @@ def refused(capsys, arguments):
         (["--k", "many"], "--k: invalid int value"),
         (["--temperature", 0], "--temperature is 0.0"),
         (["--temperature", "nan"], "--temperature is nan"),
+        (["--temperature", "inf"], "--temperature is inf"),
         (["--top-p", 0], "--top-p is 0.0"),
         (["--top-p", 1.5], "--top-p is 1.5"),
         (["--top-k", -1], "--top-k is -1"),
@@ -328,6 +350,7 @@ def test_wrong_files_end_in_one_line(capsys, checkpoint, data, tmp_path):
     assert "cannot be written" in message(out=tmp_path)
     assert "cannot be written" in message(out=tmp_path / "no" / "folder.jsonl")
     assert "no such directory" in message(model=tmp_path / "no-model")
+    assert "no model" in message(model="no\nmodel")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     assert "cannot load --model" in message(model=damaged)  # an empty directory
@@ -380,4 +403,4 @@ def test_as_a_script(checkpoint, data):
     script = evaluation_module.__file__
     done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "pass@2" in done.stdout and "Traceback" not in done.stderr and "tokens/s]" not in done.stderr
+    assert "pass@2" in done.stdout and "Traceback" not in done.stderr and " tokens" not in done.stderr
