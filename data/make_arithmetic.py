@@ -1,0 +1,113 @@
+"""Make the built-in task: short arithmetic in five levels, as JSONL (`problem`, `answer`, `solution`, `require_value`).
+
+    python data/make_arithmetic.py            # writes arithmetic_train.jsonl and arithmetic_test.jsonl beside this file
+
+Level 1  one-digit sums and differences              7+8=?
+Level 2  a two-digit and a one-digit number          47-9=?
+Level 3  three terms                                 7+8-4=?
+Level 4  a product and two or three more terms       3*4+7-2=?
+Level 5  two fractions                               1/2+1/3=?     (5/6, 10/12 and \\frac{5}{6} are all right)
+
+Every `solution` in the training file is right, in one of two styles: *worked*, a line for each operation and then the
+boxed result, or *bare*, the boxed result alone. The harder the level, the rarer the worked style, as in text found in
+the wild. A tiny model that is warmed up on them cannot do the harder levels in its head, so what reinforcement
+learning has to discover is to show its work. `require_value` asks for a value: `\\boxed{7+8}` is no answer to 7+8.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+from fractions import Fraction
+
+WORKED_SHARE = {1: 0.6, 2: 0.5, 3: 0.3, 4: 0.1, 5: 0.1}       # of the demonstrations of a level
+TRAIN_PROBLEMS = {1: 90, 2: 1100, 3: 3000, 4: 3200, 5: 610}     # there are 126 of level 1, 782 of level 5
+TEST_PROBLEMS = {1: 20, 2: 40, 3: 50, 4: 50, 5: 40}
+
+
+def chain(terms):
+    """[(sign, value, text), ...] -> the worked lines of a left-to-right sum, its value; None if it leaves 0..99."""
+    total, lines = terms[0][1], []
+    for sign, value, _ in terms[1:]:
+        result = total + value if sign == "+" else total - value
+        if not 0 <= result <= 99:
+            return None, None
+        lines.append(f"{total}{sign}{value}={result}")
+        total = result
+    return lines, total
+
+
+def fraction_problem(rng):
+    """A sum or difference of two proper fractions -> (text, worked lines, value)."""
+    a, b = (Fraction(rng.randrange(1, d), d) for d in (rng.choice((2, 3, 4, 5, 6, 8, 10, 12)) for _ in range(2)))
+    sign = rng.choice("+-")
+    if sign == "-" and a <= b:
+        a, b = b, a
+    value = a + b if sign == "+" else a - b
+    common = math.lcm(a.denominator, b.denominator)
+    left, right = a.numerator * common // a.denominator, b.numerator * common // b.denominator
+    total = left + right if sign == "+" else left - right
+    lines = [f"{left}/{common}{sign}{right}/{common}={total}/{common}"]
+    if str(value) != f"{total}/{common}":
+        lines.append(f"{total}/{common}={value}")
+    return f"{a}{sign}{b}", lines, value
+
+
+def problem(level, rng):
+    """One problem of a level -> (text, worked lines, value)."""
+    if level == 5:
+        return fraction_problem(rng)
+    while True:
+        if level == 4:
+            a, b = rng.randint(2, 9), rng.randint(2, 9)
+            terms = [("+", a * b, f"{a}*{b}")]
+            first = [f"{a}*{b}={a * b}"]
+        else:
+            a = rng.randint(1, 9) if level == 1 or (level == 3 and rng.random() < 0.5) else rng.randint(10, 89)
+            terms, first = [("+", a, str(a))], []
+        for _ in range({1: 1, 2: 1, 3: 2, 4: rng.randint(2, 3)}[level]):
+            d = rng.randint(1, 9)
+            terms.append((rng.choice("+-"), d, str(d)))
+        lines, value = chain(terms)
+        if lines is not None:
+            return "".join((s if i else "") + t for i, (s, _, t) in enumerate(terms)), first + lines, value
+
+
+def make(counts, rng, taken):
+    """Distinct problems, `counts[level]` of each level, none whose text is in `taken` (which grows)."""
+    rows = []
+    for level, count in counts.items():
+        made = 0
+        while made < count:
+            text, lines, value = problem(level, rng)
+            if text in taken:
+                continue
+            taken.add(text)
+            made += 1
+            worked = rng.random() < WORKED_SHARE[level]
+            solution = "\n".join([*(lines if worked else []), f"\\boxed{{{value}}}"])
+            rows.append({"problem": f"{text}=?", "answer": str(value), "solution": solution,
+                         "level": level, "require_value": True})
+    rng.shuffle(rows)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="directory to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, taken = random.Random(args.seed), set()
+    test, train = make(TEST_PROBLEMS, rng, taken), make(TRAIN_PROBLEMS, rng, taken)
+    for row in test:
+        del row["solution"]                                    # nobody trains on them
+    for name, rows in (("train", train), ("test", test)):
+        path = os.path.join(args.out, f"arithmetic_{name}.jsonl")
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        print(f"{path}: {len(rows)} problems")
+
+
+if __name__ == "__main__":
+    main()
