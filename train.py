@@ -51,14 +51,14 @@ HERE = Path(__file__).resolve().parent
 DEMO = {
     "data": str(HERE / "data/arithmetic_train.jsonl"), "eval_data": str(HERE / "data/arithmetic_test.jsonl"),
     "instruction": "", "max_prompt_tokens": 64, "max_new_tokens": 64, "steps": 40, "prompts_per_step": 32,
-    "group_size": 8, "minibatch_prompts": 32, "lr": 2e-4, "warmup_updates": 0, "sft_steps": 300, "sft_lr": 3e-3,
-    "eval_every": 20, "save_every": 20,
+    "group_size": 8, "minibatch_prompts": 32, "lr": 2e-4, "beta2": 0.95, "warmup_updates": 0, "sft_steps": 400,
+    "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
 }  # fmt: skip
 AUTHORS = {
     "eval_data": None, "instruction": INSTRUCTION,
     "max_prompt_tokens": 1024, "max_new_tokens": 2048, "steps": 60, "prompts_per_step": 512, "group_size": 6,
-    "minibatch_prompts": 32, "lr": 1e-6, "warmup_updates": 0, "sft_steps": 0, "sft_lr": 1e-5, "eval_every": 10,
-    "save_every": 10,
+    "minibatch_prompts": 32, "lr": 1e-6, "beta2": 0.999, "warmup_updates": 0, "sft_steps": 0,
+    "sft_lr": 1e-5, "eval_every": 10, "save_every": 10,
 }  # fmt: skip
 # What may differ between a run and its continuation without a word: where, how long, how often, how fast.
 NOT_THE_RUN = {"steps", "run_dir", "resume", "eval_every", "save_every", "keep", "export_every", "samples_every",
@@ -128,7 +128,7 @@ def flags():
     add("--lr", type=float, help="learning rate of AdamW")
     add("--warmup-updates", type=int, help="updates over which the rate rises to --lr (0 = disabled)")
     add("--beta1", type=float, default=0.9, help="AdamW's decay of the gradient's mean")
-    add("--beta2", type=float, default=0.999, help="AdamW's decay of the gradient's square")
+    add("--beta2", type=float, help="AdamW's decay of the gradient's square")
     add("--weight-decay", type=float, default=0.01, help="on matrices only (0 = disabled)")
     add("--max-grad-norm", type=float, default=1.0, help="gradients are scaled down to it (0 = disabled)")
     add("--max-bad-updates", type=int, default=5, help="non-finite updates in a row before the run ends")

@@ -6,7 +6,7 @@ Level 1  one-digit sums and differences              7+8=?
 Level 2  a two-digit and a one-digit number          47-9=?
 Level 3  three terms                                 7+8-4=?
 Level 4  a product and two or three more terms       3*4+7-2=?
-Level 5  two fractions                               1/2+1/3=?     (5/6, 10/12 and \\frac{5}{6} are all right)
+Level 5  two fractions of one denominator            5/9+1/9=?     (2/3, 6/9 and \\frac{2}{3} are all right)
 
 Every `solution` in the training file is right, in one of two styles: *worked*, a line for each operation and then the
 boxed result, or *bare*, the boxed result alone. The harder the level, the rarer the worked style, as in text found in
@@ -16,13 +16,12 @@ learning has to discover is to show its work. `require_value` asks for a value: 
 
 import argparse
 import json
-import math
 import os
 import random
 from fractions import Fraction
 
-WORKED_SHARE = {1: 0.6, 2: 0.5, 3: 0.3, 4: 0.1, 5: 0.1}       # of the demonstrations of a level
-TRAIN_PROBLEMS = {1: 90, 2: 1100, 3: 3000, 4: 3200, 5: 610}     # there are 126 of level 1, 782 of level 5
+WORKED_SHARE = {1: 0.7, 2: 0.6, 3: 0.5, 4: 0.25, 5: 0.3}        # of the demonstrations of a level
+TRAIN_PROBLEMS = {1: 90, 2: 1100, 3: 3000, 4: 3200, 5: 610}     # there are 126 of level 1, 725 of level 5
 TEST_PROBLEMS = {1: 20, 2: 40, 3: 50, 4: 50, 5: 40}
 
 
@@ -39,19 +38,16 @@ def chain(terms):
 
 
 def fraction_problem(rng):
-    """A sum or difference of two proper fractions -> (text, worked lines, value)."""
-    a, b = (Fraction(rng.randrange(1, d), d) for d in (rng.choice((2, 3, 4, 5, 6, 8, 10, 12)) for _ in range(2)))
-    sign = rng.choice("+-")
-    if sign == "-" and a <= b:
-        a, b = b, a
-    value = a + b if sign == "+" else a - b
-    common = math.lcm(a.denominator, b.denominator)
-    left, right = a.numerator * common // a.denominator, b.numerator * common // b.denominator
-    total = left + right if sign == "+" else left - right
-    lines = [f"{left}/{common}{sign}{right}/{common}={total}/{common}"]
-    if str(value) != f"{total}/{common}":
-        lines.append(f"{total}/{common}={value}")
-    return f"{a}{sign}{b}", lines, value
+    """A sum or difference of two fractions of one denominator -> (text, worked lines, value)."""
+    d = rng.randint(3, 12)
+    a, b = rng.randint(1, d - 1), rng.randint(1, d - 1)
+    sign = "+" if a <= b else rng.choice("+-")
+    total = a + b if sign == "+" else a - b
+    value = Fraction(total, d)
+    lines = [f"{a}/{d}{sign}{b}/{d}={total}/{d}"]
+    if str(value) != f"{total}/{d}":
+        lines.append(f"{total}/{d}={value}")
+    return f"{a}/{d}{sign}{b}/{d}", lines, value
 
 
 def problem(level, rng):
