@@ -125,33 +125,19 @@ def rotate(x, cos, sin):
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε) · weight, the statistics in float32 at least, rounded to x's dtype before the weight."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Causal attention whose query heads share key/value heads (GQA); Qwen3 also normalises each query and key."""
 
     def __init__(self, config):
         super().__init__()
         size, head, bias = config.hidden_size, config.head_dim, QKV_BIAS[config.model_type]
-        self.head_dim, qk_norm = head, config.model_type == "qwen3"
+        self.head_dim = head
         self.q_proj = nn.Linear(size, config.num_attention_heads * head, bias=bias)
         self.k_proj = nn.Linear(size, config.num_key_value_heads * head, bias=bias)
         self.v_proj = nn.Linear(size, config.num_key_value_heads * head, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * head, size, bias=False)
-        self.q_norm = RMSNorm(head, config.rms_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head, config.rms_norm_eps) if qk_norm else nn.Identity()
+        norms = [nn.RMSNorm(head, config.rms_norm_eps) if config.model_type == "qwen3" else nn.Identity() for _ in "qk"]
+        self.q_norm, self.k_norm = norms
 
     def forward(self, x, cos, sin, cache=None, layer=None):
         """x (B,T,D) -> (B,T,D). With a cache its `layer` takes the new keys and values, then all are read."""
@@ -189,9 +175,10 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # RMSNorm: x / sqrt(mean(x²) + ε) · weight, in float32 at least whatever the dtype of x (bf16 would lose it)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None, layer=None):
@@ -265,7 +252,7 @@ class Transformer(nn.Module):
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -366,11 +353,11 @@ class Transformer(nn.Module):
             raise ValueError(f"{path} is where the model came from; save it elsewhere")
         path.mkdir(parents=True, exist_ok=True)
         for file in sorted(source.rglob("*")) if source else []:
-            copy = path / file.relative_to(source)
-            skipped = file.name.endswith(WEIGHT_FILES) or "/." in str(copy)[len(str(path)) :] or path in file.parents
-            if file.is_file() and not skipped:
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
+            name = file.relative_to(source)
+            hidden = any(part.startswith(".") for part in name.parts)  # .git, .cache
+            if file.is_file() and not (hidden or path in file.parents or name.name.endswith(WEIGHT_FILES)):
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, path / name)
         names = {"dtype", "torch_dtype"} & self.config.raw.keys()  # transformers 5 and 4
         raw = self.config.raw | dict.fromkeys(names, str(dtype).removeprefix("torch."))
         (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

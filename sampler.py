@@ -213,7 +213,7 @@ def sample(
         token, logprob = draw(logits, uniform(keys[row], position), temperature, top_p, top_k)
         column = position.masked_fill(done, width)
         tokens[row, column], logprobs[row, column] = token, logprob
-        finished[row] |= torch.isin(token, stops) & ~done
+        finished[row] |= (token[:, None] == stops).any(1) & ~done
         lengths[row] += ~done
         return token, finished[row] | (lengths[row] >= limits[row])
 
