@@ -2,8 +2,9 @@
 
     python data/make_words.py                 # writes words_train.jsonl and words_test.jsonl beside this file
 
-Each is one sum, difference or product of numbers from 2 to 10 told as a story of one or two
-sentences. Held-out problems share the stories' patterns with the training problems but no problem text.
+Each is a sum or a product of two numbers from 2 to 9, told as a story that ends with the operation in words: hard
+enough for a model of 135 million parameters, which is right on about one in six. Held-out problems share the stories'
+patterns with the training problems but no problem text.
 """
 
 import argparse
@@ -14,34 +15,26 @@ import random
 NAMES = ["Anna", "Ben", "Chloe", "David", "Emma", "Hugo", "Iris", "Jonas", "Lena", "Maria", "Noah", "Sam", "Tara"]
 THINGS = ["apples", "marbles", "stickers", "books", "coins", "pencils", "cookies", "shells", "cards", "balloons"]
 STORIES = {
-    "+": [
-        "{n} has {a} {t} and gets {b} more. How many {t} does {n} have now?",
-        "There are {a} {t} in a box. {n} puts in another {b}. How many {t} are in the box?",
-        "{n} found {a} {t} in the morning and {b} {t} in the afternoon. How many {t} did {n} find in all?",
-        "{n} has {a} {t} and {m} has {b} {t}. How many {t} do they have together?",
+    "plus": [
+        "{n} has {a} {t} and gets {b} more. What is {a} + {b}?",
+        "There are {a} {t} in a box and {b} {t} on the table. What is {a} plus {b}?",
+        "{n} found {a} {t} in the morning and {b} in the afternoon. What is {a} + {b}?",
+        "{n} has {a} {t} and {m} has {b} {t}. What is {a} plus {b}?",
     ],
-    "-": [
-        "{n} has {a} {t} and gives {b} of them to {m}. How many {t} does {n} have left?",
-        "There were {a} {t} on the table. {n} took {b} away. How many {t} are still on the table?",
-        "{n} had {a} {t} but lost {b}. How many {t} remain?",
-        "{n} has {a} {t} and {m} has {b} {t}. How many more {t} does {n} have than {m}?",
-    ],
-    "*": [
-        "{n} has {a} bags with {b} {t} in each. How many {t} does {n} have?",
-        "One box holds {b} {t}. How many {t} are in {a} boxes?",
-        "{n} buys {b} {t} every day for {a} days. How many {t} is that?",
+    "times": [
+        "{n} has {a} bags with {b} {t} in each. What is {a} times {b}?",
+        "There are {b} {t} in each of {a} boxes. What is {a} times {b}?",
+        "{n} buys {b} {t} every day for {a} days. What is {a} times {b}?",
     ],
 }
 
 
 def problem(rng):
-    operation = rng.choice("++--*")
+    operation = rng.choice(list(STORIES))
     a, b = rng.randint(2, 9), rng.randint(2, 9)
-    if operation == "-":
-        a, b = max(a, b) + 1, min(a, b)
     n, m = rng.sample(NAMES, 2)
     text = rng.choice(STORIES[operation]).format(n=n, m=m, a=a, b=b, t=rng.choice(THINGS))
-    answer = {"+": a + b, "-": a - b, "*": a * b}[operation]
+    answer = a + b if operation == "plus" else a * b
     return {"problem": text, "answer": str(answer), "operation": operation, "require_value": True}
 
 
