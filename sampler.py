@@ -234,7 +234,7 @@ def sample(
                 new_token, new_done = record(model.logits(hidden)[origin], new, torch.zeros_like(new, dtype=torch.bool))
                 row, token, done = torch.cat([row, new]), torch.cat([token, new_token]), torch.cat([done, new_done])
         else:
-            hidden = model(token[:, None], cache=cache, lengths=(~done).long())
+            hidden = model(token[:, None], cache=cache)
             token, done = record(model.logits(hidden[:, 0]), row, done)
         ticks += 1
         if ticks % STOP_CHECK[device.type] == 0:
