@@ -1057,11 +1057,10 @@ def prepare(args):
         need(tokenizer.eos_token_id is not None or not args.sft_steps,
              f"{source}: the tokenizer has no end token, which the warm start would train")  # fmt: skip
         (problems, prompts), (held_out, held_out_prompts) = load_data(args, tokenizer)
-        solved = [i for i, p in enumerate(problems) if p.solution] if args.sft_steps else []
-        need(solved or not args.sft_steps,
+        replies = {i: tokenizer(p.solution, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+                   for i, p in enumerate(problems) if p.solution and args.sft_steps}  # fmt: skip
+        need(replies or not args.sft_steps,
              f"--sft-steps {args.sft_steps}, but no problem in {args.data} has a solution to learn from")  # fmt: skip
-        solutions = tokenizer([problems[i].solution for i in solved], add_special_tokens=False)["input_ids"]
-        replies = {i: [*ids, tokenizer.eos_token_id] for i, ids in zip(solved, solutions)}
         longest = max(len(prompt) for prompt in prompts + held_out_prompts) + args.max_new_tokens
         positions = model.config.max_position_embeddings
         need(longest <= positions, f"the longest prompt and --max-new-tokens make {longest} tokens; the model has "
