@@ -13,6 +13,8 @@ clock or a signal: `score` gives the same verdict in any thread, under any load.
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import math
 import os
@@ -26,6 +28,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 import zlib
 from collections import Counter
 from functools import lru_cache
@@ -76,8 +79,8 @@ def load_problems(path, dropped: Counter | None = None) -> list[Problem]:
             if type(fields["answer"]) in (int, float):
                 fields["answer"] = str(fields["answer"])
             for name, kind in (("problem", str), ("answer", str), ("solution", str), ("require_value", bool)):
-                if fields.get(name) is not None and not isinstance(fields[name], kind) or name in fields and not (
-                    fields[name] is not None or name == "solution"):
+                if (fields.get(name) is not None and not isinstance(fields[name], kind)) or (name in fields and not (
+                    fields[name] is not None or name == "solution")):
                     raise ValueError(f'{where}: the field "{name}" must be {kind.__name__}, not {fields[name]!r:.40}')
             answer = reference_answer(fields["answer"])
             if not answer or len(answer) > MAX_ANSWER:
@@ -264,12 +267,7 @@ SIGNS = str.maketrans({
     "€": r"\$", "£": r"\$", "¥": r"\$", "₹": r"\$", "∠": r"\angle ",
 })  # fmt: skip
 UNITS = {  # every spelling -> the first
-    alias: names.split()[0] for names in (
-        "cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre|m meter metre|ft foot feet|in inch inche|"
-        "yd yard|mi mile|kg kilogram|g gram|mg milligram|lb pound|oz ounce|s sec second|min minute|h hr hour|day|week|month|"
-        "year yr|L l liter litre|mL ml milliliter|dollar usd buck|cent|deg degree|rad radian|mph|percent pct percentage|"
-        "sq square|cubic|gallon|mol"
-    ).split("|") for alias in names.split()
+    alias: names.split()[0] for names in ["cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "m meter metre", "ft foot feet", "in inch inche", "yd yard", "mi mile", "kg kilogram", "g gram", "mg milligram", "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year yr", "L l liter litre", "mL ml milliliter", "dollar usd buck", "cent", "deg degree", "rad radian", "mph", "percent pct percentage", "sq square", "cubic", "gallon", "mol"] for alias in names.split()
 }  # fmt: skip
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,;:! ]\s?|\{,\}|,\\!|[ \u00a0\u202f])\d{3})+(?!\d)")
@@ -317,13 +315,11 @@ TOKEN = re.compile(
     r'|\\(?P<environment>(?:begin|end)\{[a-z]+\*?\})(?:\{[lcr| ]*\})?|\\(?P<command>[A-Za-z]+|.)|"(?P<text>[A-Za-z]+)"'
     r"|(?P<word>[A-Za-z]+)|(?P<op>\*\*|<=|>=|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~])|(?P<greek>[Α-ω])", re.S,
 )  # fmt: skip
-GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega".split()
+GREEK = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega"]
 GREEK_LETTERS = {unicodedata.lookup(f"GREEK {size} LETTER {name.replace('lambda', 'lamda')}"): name if size == "SMALL"
                  else name.title() for name in GREEK for size in ("SMALL", "CAPITAL")}  # fmt: skip
 COMMANDS = {  # LaTeX's spelling -> ours; "" is dropped
-    **dict.fromkeys((
-        "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits quad qquad mathbb "
-        "mathbf boldsymbol bm vec mathit mathrm operatorname rm bf it , ; : ! space thinspace").split(), ""),
+    **dict.fromkeys(["left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "displaystyle", "textstyle", "limits", "nolimits", "quad", "qquad", "mathbb", "mathbf", "boldsymbol", "bm", "vec", "mathit", "mathrm", "operatorname", "rm", "bf", "it", ",", ";", ":", "!", "space", "thinspace"], ""),
     " ": "", "\n": "", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "cdot": "*", "times": "*", "ast": "*", "div": "/",
     "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=",
     "neq": "!=", "approx": "~", "simeq": "~", "in": "in", "backslash": "setminus", "{": "set{", "}": "set}", "lbrace": "set{",
@@ -333,12 +329,12 @@ COMMANDS = {  # LaTeX's spelling -> ours; "" is dropped
     "=<": "<=", "=>": ">=", ":": ":",
 }  # fmt: skip
 SYMPY_NAMES = {"ln": "log", "lg": "log", "abs": "Abs", "ceil": "ceiling", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
-FUNCTIONS = set("sin cos tan cot sec csc sinh cosh tanh asin acos atan log exp sqrt cbrt floor max min gcd lcm".split())
+FUNCTIONS = set(["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "asin", "acos", "atan", "log", "exp", "sqrt", "cbrt", "floor", "max", "min", "gcd", "lcm"])
 FUNCTIONS |= SYMPY_NAMES.keys()
 CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "inf": sympy.oo, "infinity": sympy.oo, "oo": sympy.oo}
 KNOWN = FUNCTIONS | CONSTANTS.keys() | set(GREEK_LETTERS.values())
 WORDS = {"yes", "no", "odd", "dne"}  # short words that are no products of letters
-DIGIT_WORDS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+DIGIT_WORDS = {word: str(n) for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])}
 STRUCTURE = {"frac", "binom", "sum", "prod", "lfloor", "rfloor", "lceil", "rceil", "pm", "mp", "emptyset"}
 OPERATORS = set("+-*/^=<>%|(){}[],:&'°~") | {"<=", ">=", "!=", "in", "cup", "setminus", "set{", "set}", "row"}
 
@@ -383,13 +379,13 @@ def split_word(word: str, before: Token) -> list[Token]:
     lower = word.lower()
     if word in KNOWN:
         return [Token("name", word)]
-    if word == "in" and before.text != "1" and before.kind != "number" or word == "U" and before.text in (")", "]", "set}"):
+    if (word == "in" and before.text != "1" and before.kind != "number") or (word == "U" and before.text in (")", "]", "set}")):
         return [Token("op", "in" if word == "in" else "cup")]
     if len(word) == 1:
         return [Token("name", word)]
     if lower in DIGIT_WORDS or lower in ("and", "or"):
         return [Token("number", DIGIT_WORDS[lower])] if lower in DIGIT_WORDS else [Token("text", lower)]
-    if (before.kind in ("number", "text") or before.text in (")", "}", "/")) and unit_name(word) or lower in WORDS:
+    if ((before.kind in ("number", "text") or before.text in (")", "}", "/")) and unit_name(word)) or lower in WORDS:
         return [Token("text", "inch" if word == "in" else word)]
     for cut in range(len(word) - 1, 1, -1):  # sinx, lnx, pir
         if word[:cut] in KNOWN and len(word) - cut <= 2:
@@ -463,7 +459,7 @@ def fold(kind, neutral: int, combine, items: list):
             rational = bounded(combine(rational, item))
         else:
             rest.append(item)
-    if not rest or kind is Mul and rational == 0:
+    if not rest or (kind is Mul and rational == 0):
         return rational
     rest += [rational] if rational != neutral else []
     if rest == [sympy.oo, -1]:
@@ -526,8 +522,8 @@ def apply(name: str, values: list, exponent=None, base=None):
         if min(integers[1], integers[0] - integers[1]) * bits(value) > MAX_BITS:
             raise Unparsed("binomial too large")
         result = bounded(Integer(math.comb(*integers)))
-    elif name in ("max", "min", "gcd", "lcm") or rational and name in ("factorial", "binomial") or (
-        len(values) != (2 if name == "binomial" or name == "log" and len(values) == 2 else 1)):  # fmt: skip
+    elif name in ("max", "min", "gcd", "lcm") or (rational and name in ("factorial", "binomial")) or (
+        len(values) != (2 if name == "binomial" or (name == "log" and len(values) == 2) else 1)):  # fmt: skip
         raise Unparsed(f"{name} of these values")
     elif name in ("sqrt", "cbrt"):
         result = root(value, Integer(2 if name == "sqrt" else 3))
@@ -650,7 +646,7 @@ class Parser:
         spelling = "".join(part.text for part in side if part.text not in "{}")
         if not side or end - self.at > 40 or any(part.text in FUNCTIONS or part.text in CONSTANTS for part in side):
             return "", 0
-        if any(part.kind == "text" or part.kind == "command" and part.text not in STRUCTURE for part in side):
+        if any(part.kind == "text" or (part.kind == "command" and part.text not in STRUCTURE) for part in side):
             words = token.text in ("=", "~") and all(part.kind != "number" for part in side)
             return (spelling, len(side)) if words else ("", 0)
         return (spelling, 0) if NAME.fullmatch(spelling) else ("", 0)
@@ -687,8 +683,8 @@ class Parser:
     def unit_tail(self, symbolic: bool) -> None:
         r"""What follows a number: 5 cm, 64 square feet, 3 \text{m/s}^2, 42 apples, 33 pct. Unknown words are dropped."""
         words = []
-        while self.kind == "text" or words and (self.kind == "name" or self.coming in ("^", "/", "*", "2", "3", "{", "}")):
-            if self.coming in SEPARATORS or self.coming == "}" and "{" not in words:
+        while self.kind == "text" or (words and (self.kind == "name" or self.coming in ("^", "/", "*", "2", "3", "{", "}"))):
+            if self.coming in SEPARATORS or (self.coming == "}" and "{" not in words):
                 break
             words.append(self.next().text)
         units = [word if word in "^/*23{}" else unit_name(word) for word in words]
@@ -743,8 +739,8 @@ class Parser:
 
     def starts_factor(self) -> bool:
         token = self.tokens[self.at]
-        return (token.kind in ("number", "name") or token.kind == "command" and token.text in STRUCTURE - AFTER_A_FACTOR
-                or token.text in ("(", "[", "{") or token.text[:6] == "begin{" or token.text == "|" and not self.bars)  # fmt: skip
+        return (token.kind in ("number", "name") or (token.kind == "command" and token.text in STRUCTURE - AFTER_A_FACTOR)
+                or token.text in ("(", "[", "{") or token.text[:6] == "begin{" or (token.text == "|" and not self.bars))  # fmt: skip
 
     def factor(self):
         value = self.descend(self.atom)
@@ -812,7 +808,7 @@ class Parser:
             name += "_" + "".join(token.text for token in part if token.text not in "{}")
         while self.accept("'"):
             name += "'"
-        if name[0] in "fghFGH" and (self.coming == "(" or self.coming == "^" and self.tokens[self.at + 2].text == "("):
+        if name[0] in "fghFGH" and (self.coming == "(" or (self.coming == "^" and self.tokens[self.at + 2].text == "(")):
             exponent = self.descend(self.exponent) if self.accept("^") else Integer(1)
             return power(sympy.Function(name)(*self.arguments()), exponent)
         return Symbol(name)
@@ -862,7 +858,7 @@ class Parser:
             raise Unparsed(f"{BRACKETS[opening][0]} expected")
         if opening == "set{" and items and all(isinstance(item, Relation) for item in items):
             return Seq("list", tuple(items))
-        if opening == "set{" or opening == "{" and len(items) > 1:
+        if opening == "set{" or (opening == "{" and len(items) > 1):
             return Seq("set", tuple(items))
         if len(items) > 1:
             return Seq(opening + closing, tuple(items))
@@ -953,7 +949,7 @@ class Undefined(ArithmeticError):
 
 NUMBERS, LOCK = MPContext(), threading.RLock()  # our own mpmath context; its precision is set under the lock
 EVALUATORS = {
-    **{getattr(sympy, name): name for name in "sin cos tan cot sec csc sinh cosh tanh asin acos atan floor".split()},
+    **{getattr(sympy, name): name for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "asin", "acos", "atan", "floor"]},
     sympy.log: "ln", sympy.Abs: "fabs", sympy.ceiling: "ceil", sympy.factorial: "factorial", sympy.binomial: "binomial",
 }  # fmt: skip
 REAL_ONLY = (sympy.Abs, sympy.floor, sympy.ceiling)
@@ -964,7 +960,7 @@ def point(name: str, k: int, real: bool):
     """A variable's k-th value: near the positive axis, where roots and logarithms behave; or real, of both signs."""
     noise = zlib.crc32(f"{name} {k}".encode("utf-8", "replace"))
     size, tilt = 0.3 + (noise & 0xFFFF) / 0x8000, 0.05 + (noise >> 16) / 0x50000
-    negative = k == 1 or k > 1 and noise >> 20 & 1
+    negative = k == 1 or (k > 1 and noise >> 20 & 1)
     return NUMBERS.mpf(-size if negative else size) if real else NUMBERS.mpc(size, tilt)
 
 
@@ -1094,11 +1090,11 @@ def same(left, right) -> bool:
     for one, other in ((left, right), (right, left)):
         if isinstance(one, Relation) and (value := meaning(one)) is not None:
             return same(value, other)
-        if (region := as_region(one)) is not None and (isinstance(other, Seq) and other.kind != "list" or as_region(other)):
+        if (region := as_region(one)) is not None and ((isinstance(other, Seq) and other.kind != "list") or as_region(other)):
             return same(region, as_region(other) or other)
     if isinstance(left, Leaf) and isinstance(right, Leaf):
         return same_leaf(left, right)
-    return isinstance(left, Seq) and isinstance(right, Seq) and same_seq(left, right) or isinstance(left, Word) and left == right
+    return (isinstance(left, Seq) and isinstance(right, Seq) and same_seq(left, right)) or (isinstance(left, Word) and left == right)
 
 
 def single(value):
@@ -1137,7 +1133,7 @@ def meaning(relation: Relation):
         return None
     if len(sides) == 2 and names[1] and not names[0] and is_constant(sides[0]):
         return sides[0]
-    return sides[-1] if names[0] or is_constant(sides[-1]) and (is_constant(sides[0]) or len(sides) > 2) else None
+    return sides[-1] if names[0] or (is_constant(sides[-1]) and (is_constant(sides[0]) or len(sides) > 2)) else None
 
 
 def same_relation(left: Relation, right: Relation) -> bool:
@@ -1170,12 +1166,13 @@ def proportional(x, y, positive: bool) -> bool:
         return zero and same_tree(y, Integer(0))
     with LOCK:
         _, real, precision = sampling(x, y)
+        precision *= 4  # near a large constant the ratio of different sides hardly varies
         pairs = [(value_at(x, k, real, precision), value_at(y, k, real, precision)) for k in range(4)]
         if any(None in pair or not pair[1] for pair in pairs):
             return False
         NUMBERS.prec = precision
         ratios = [left / right for left, right in pairs]
-        return all(close(ratios[0], ratio, 80) for ratio in ratios) and (not positive or ratios[0].real > 0)
+        return all(close(ratios[0], ratio, precision // 2) for ratio in ratios) and (not positive or ratios[0].real > 0)
 
 
 def as_region(value):
@@ -1189,7 +1186,7 @@ def as_region(value):
     sides, ops, names = value.sides, value.ops, value.names
     if ops == ("in",) and names[0]:
         return sides[1]
-    if ops[0][0] == ">" or len(ops) == 1 and names[1] and is_constant(sides[0]):  # read it from right to left
+    if ops[0][0] == ">" or (len(ops) == 1 and names[1] and is_constant(sides[0])):  # read it from right to left
         sides, names = sides[::-1], names[::-1]
         ops = tuple(op.translate(str.maketrans("<>", "><")) for op in ops[::-1])
     if len(ops) == 1 and ops[0][0] == "<" and names[1] and is_constant(sides[0]):
@@ -1238,7 +1235,7 @@ OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s?\S")
 def compare(answer: str, reference: str) -> bool:
     """Two answers as they stand: as text, then by value; a letter also with the text of its option; 1,234 also as a list."""
     left, right = parse(answer), parse(reference)
-    if left.text == right.text or None not in (left.value, right.value) and same(left.value, right.value):
+    if left.text == right.text or (None not in (left.value, right.value) and same(left.value, right.value)):
         return True
     for one, other, spelling in ((left, right, reference), (right, left, answer)):
         letter = one.text.strip("()")
@@ -1309,81 +1306,70 @@ def answer_classes(answers: list[str | None]) -> list[int]:
     return [-1 if answer is None else numbers.setdefault(of[answer], len(numbers)) for answer in answers]
 
 
+# ------------------------------------------------------------------------------------------------ the pool of workers
 class Group(NamedTuple):
     verdicts: list[bool]
     classes: list[int]  # -1: no answer; all right ones share one class
     answers: list[str | None]
-    timed_out: list[bool]  # lost to a limit (of time, memory …) and so counted as wrong
+    timed_out: list[bool]  # lost to a limit (of time, memory …), and so counted as wrong
 
 
 class Worker:
-    """One `python reward.py --worker` and its pipes. Requests and replies are lines of JSON."""
+    """One `python reward.py --worker`. Requests and replies are lines of JSON."""
 
     def __init__(self, timeout: float, memory_mb: int):
-        command = [sys.executable, os.path.abspath(__file__), "--worker", str(os.getpid()), str(timeout), str(memory_mb)]
+        command = [sys.executable, os.path.abspath(__file__), "--worker", *map(str, (os.getpid(), timeout, memory_mb))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self.timeout, self.pending, self.asked = timeout, b"", 0
-        self.poll = select.poll()
+        self.timeout, self.pending, self.asked, self.poll = timeout, b"", 0, select.poll()
         self.poll.register(self.process.stdout, select.POLLIN | select.POLLHUP)
         if self.read(120.0) != "ready":
-            self.kill()
+            self.end()
             raise RuntimeError(f"a checker worker did not start: {' '.join(command)}")
 
-    def send(self, request) -> None:
+    def send(self, **request) -> None:
         self.asked += 1
-        try:
+        with contextlib.suppress(OSError):  # it died; read() says so
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
-        except OSError:
-            pass  # it died; read() says so
 
     def read(self, timeout: float | None = None):
         """The next reply; None if the worker died or the time is over."""
         deadline = time.monotonic() + (timeout or self.timeout)
         while b"\n" not in self.pending:
             left = deadline - time.monotonic()
-            if left <= 0 or not self.poll.poll(left * 1000):
-                return None
-            chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+            chunk = os.read(self.process.stdout.fileno(), 1 << 16) if left > 0 and self.poll.poll(left * 1000) else b""
             if not chunk:
                 return None
             self.pending += chunk
         line, self.pending = self.pending.split(b"\n", 1)
         return json.loads(line)
 
-    def kill(self) -> str:
-        """End it; says what it had died of."""
-        dead = self.process.poll()
-        if dead is None:
-            try:
-                dead = self.process.wait(0.05 if b"" == self.pending else 0)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+    def end(self) -> str:
+        """Kill it and say what it had died of."""
+        died_of = "time"
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a pipe closes a moment before its process is gone
+            died_of = "cpu" if self.process.wait(0.1) == -signal.SIGXCPU else "crash"
+        self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-        return "time" if dead is None else "cpu" if dead == -signal.SIGXCPU else "crash"
+        self.process.stdin.close(), self.process.stdout.close()
+        return died_of
 
 
 class Verifier:
-    """A pool that judges groups of responses; order is kept, and no answer can hang, crash or exhaust the caller.
-
-    with Verifier(workers=4) as verifier:
-        groups = verifier.check([[response, …], …], [reference, …])
-
-    One thread owns one worker (Linux ends a worker when the thread that started it ends, so the threads live as long
-    as the pool). `timeout` (seconds an answer, wall clock and CPU time) and `memory_mb` are a last resort.
-    """
-
-    RECYCLE = 20_000  # requests after which a worker is replaced, against slow growth
+    """A pool that judges groups of responses: `with Verifier(4) as verifier: verifier.check([[response, …], …], [reference,
+    …])`. Order is kept, and no answer can hang, crash or exhaust the caller. Each of its threads owns one worker for life
+    (Linux ends a worker together with the thread that started it). `timeout` (seconds an answer may take, on the wall and
+    of CPU) and `memory_mb` are a last resort: the checker's own bounds stop work long before."""
 
     def __init__(self, workers: int = 2, timeout: float = 10.0, memory_mb: int = 1024):
         if sys.platform == "win32":
-            raise ValueError("Verifier needs Linux or macOS; on Windows call score() or use WSL")
+            raise ValueError("Verifier runs on Linux and macOS, not on Windows; use WSL, or call score()")
         if workers < 1 or timeout <= 0:
             raise ValueError(f"workers must be at least 1 and timeout above 0, not {workers} and {timeout}")
+        if sys.platform != "linux":
+            warnings.warn("this system has no memory limit for the checker's workers", stacklevel=2)
         self.workers, self.timeout, self.memory_mb = workers, timeout, memory_mb
-        self.failures = Counter()  # time, cpu, memory, crash
+        self.failures: Counter = Counter()  # by kind: time, cpu, memory, crash
         self.jobs, self.threads, self.lock = queue.SimpleQueue(), [], threading.Lock()
 
     @property
@@ -1399,8 +1385,8 @@ class Verifier:
     def close(self) -> None:
         with self.lock:
             threads, self.threads = self.threads, []
-            for _ in threads:
-                self.jobs.put(None)
+        for _ in threads:
+            self.jobs.put(None)
         for thread in threads:
             thread.join()
 
@@ -1408,93 +1394,83 @@ class Verifier:
         """P lists of G responses and P references -> P groups, in order."""
         require_value = [False] * len(references) if require_value is None else require_value
         if not len(responses) == len(references) == len(require_value):
-            raise ValueError(f"{len(responses)} groups, {len(references)} references, {len(require_value)} require_value")
+            raise ValueError(f"{len(responses)} groups but {len(references)} references and {len(require_value)} flags")
         with self.lock:
-            while len(self.threads) < self.workers:
+            for _ in range(self.workers - len(self.threads)):
                 self.threads.append(threading.Thread(target=self.serve, daemon=True))
                 self.threads[-1].start()
-        results, done = [None] * len(references), queue.SimpleQueue()
-        for index, job in enumerate(zip(responses, references, require_value)):
-            self.jobs.put((index, job, results, done))
-        for _ in results:
-            if error := done.get():
-                raise error
-        return results
+        done, groups = queue.SimpleQueue(), [None] * len(references)
+        for place, job in enumerate(zip(responses, references, require_value)):
+            self.jobs.put((done, place, job))
+        for _ in groups:
+            place, group = done.get()
+            if isinstance(group, Exception):
+                raise group
+            groups[place] = group
+        return groups
 
     def verify(self, responses, references, require_value=None) -> tuple[list[list[bool]], list[list[int]]]:
         groups = self.check(responses, references, require_value)
         return [group.verdicts for group in groups], [group.classes for group in groups]
 
     def serve(self) -> None:
-        """The life of one thread: jobs from the queue, judged by its own worker."""
-        worker = None
-        while (job := self.jobs.get()) is not None:
-            index, (responses, reference, require_value), results, done = job
+        """The life of a thread: jobs from the queue, for its own worker."""
+        worker: list[Worker] = []  # none or one
+        while (entry := self.jobs.get()) is not None:
+            done, place, job = entry
             try:
-                worker, results[index] = self.judge(worker, list(responses), reference, bool(require_value))
-                done.put(None)
-            except Exception as error:  # to the caller of check(), not to the thread's own stderr
-                worker = None
-                done.put(error)
-        if worker:
-            worker.kill()
+                done.put((place, self.judge(worker, *job)))
+            except Exception as error:  # belongs to the caller of check()
+                done.put((place, error))
+        for last in worker:
+            last.end()
 
-    def judge(self, worker, responses: list[str], reference: str, require_value: bool):
-        """One group: distinct responses to one worker, replaced whenever it fails."""
-        texts = list(dict.fromkeys(responses))
-        found = {}  # response -> (answer, right, lost)
-        while len(found) < len(texts):
-            worker = self.alive(worker)
-            rest = texts[len(found) :]
-            worker.send({"reference": reference, "value": require_value, "responses": [reply_of(text) for text in rest]})
+    def ask(self, worker: list, **request) -> Worker:
+        if worker and worker[0].asked > 20_000:  # recycled, against slow growth
+            worker.pop().end()
+        if not worker:
+            worker.append(Worker(self.timeout, self.memory_mb))
+        worker[0].send(**request)
+        return worker[0]
+
+    def reply(self, worker: list):
+        """The worker's reply; None where the answer exceeded a limit, and then the worker is gone."""
+        reply = worker[0].read()
+        if reply is None or reply == "memory":
+            self.failures[reply or worker.pop().end()] += 1
+        return None if reply == "memory" else reply
+
+    def judge(self, worker: list, responses, reference: str, require_value: bool) -> Group:
+        """One group: its distinct responses to one worker, which says [answer] and then the verdict for each."""
+        found: dict[str, tuple] = dict.fromkeys(responses)  # -> (answer, right, lost)
+        while rest := [text for text, entry in found.items() if entry is None]:
+            replies = [after_thinking(text) for text in rest]
+            replies = ["" if reply is None else reply[-MAX_RESPONSE:] for reply in replies]
+            self.ask(worker, responses=replies, reference=reference, require_value=bool(require_value))
             for text in rest:
-                answer = worker.read()
-                right = None if answer is None else worker.read()
-                if right is None or right == "memory":
-                    self.failures["memory" if right else (kind := worker.kill())] += 1
-                    found[text] = (answer and answer[0], False, True)
-                    if right is None:
-                        worker = None
-                        break
-                else:
-                    found[text] = (answer[0], right, False)
-        wrong = [answer for answer, right, lost in found.values() if not right and not lost and answer is not None]
-        label = {}
-        if len(wrong := list(dict.fromkeys(wrong))) > 1:
-            worker = self.alive(worker)
-            worker.send({"spellings": wrong})
-            if (classes := worker.read()) is None:
-                self.failures[worker.kill()] += 1
-                worker = None
-            label = dict(zip(wrong, classes)) if isinstance(classes, list) else {}
-        keys = [-1 if a is None and not right else True if right else label.get(a, re.sub(r"\s+", "", a or ""))
-                for a, right, _ in map(found.get, responses)]  # fmt: skip
-        numbers: dict = {}
-        classes = [-1 if key == -1 else numbers.setdefault((key is True, key), len(numbers)) for key in keys]
-        answers, verdicts, lost = map(list, zip(*map(found.get, responses))) if responses else ([], [], [])
-        return worker, Group(verdicts, classes, answers, lost)
-
-    def alive(self, worker):
-        if worker and worker.asked > self.RECYCLE:
-            worker.kill()
-            worker = None
-        return worker or Worker(self.timeout, self.memory_mb)
-
-
-def reply_of(text: str) -> str:
-    """What the worker has to see of a response."""
-    reply = after_thinking(text)
-    return "" if reply is None else reply[-MAX_RESPONSE:]
+                answer = self.reply(worker)
+                right = self.reply(worker) if answer and worker else None
+                found[text] = (answer and answer[0], bool(right), right is None)
+                if not worker:
+                    break  # the next one sees what is left
+        wrong = list(dict.fromkeys(answer for answer, right, lost in found.values() if answer and not right and not lost))
+        labels = wrong
+        if len(wrong) > 1:
+            self.ask(worker, answers=wrong)
+            labels = self.reply(worker) or wrong
+        label, numbers = dict(zip(wrong, labels)), {}
+        keys = [(right, 0 if right else label.get(answer, re.sub(r"\s+", "", answer or ""))) for answer, right, _ in
+                map(found.get, responses)]  # fmt: skip
+        classes = [-1 if key == (False, "") else numbers.setdefault(key, len(numbers)) for key in keys]
+        return Group([found[text][1] for text in responses], classes, *([found[text][i] for text in responses] for i in (0, 2)))
 
 
 def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:
-    """A worker: ends with its parent (EOF; the death signal on Linux) and with a runaway answer (CPU and memory)."""
+    """A worker. It ends with its parent (EOF, and the death signal on Linux) and on a runaway answer (CPU, memory)."""
     for ignored in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and preemption are the trainer's to handle
         signal.signal(ignored, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
-        import ctypes
-
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     if os.getppid() != parent:
@@ -1502,41 +1478,61 @@ def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing but replies reaches the pipe
 
-    def reply(value):
+    def reply(work):
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime + timeout) + 2, resource.RLIM_INFINITY))
+        try:
+            value = work()
+        except (MemoryError, RecursionError):
+            value = "memory"
         replies.write(json.dumps(value).encode() + b"\n")
         replies.flush()
+        return value
 
-    def allow_seconds():
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        soft = int(usage.ru_utime + usage.ru_stime + timeout) + 2
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-
-    score(r"$\boxed{\frac{x+1}{2}}$", "x/2 + 1/2")
-    reply("ready")
+    reply(lambda: "ready" if score(r"$\boxed{\frac{x+1}{2}}$", "x/2 + 1/2") else "broken")
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        allow_seconds()
-        if "spellings" in request:
-            try:
-                reply(answer_classes(request["spellings"]))
-            except (MemoryError, RecursionError):
-                reply("memory")
+        if "answers" in request:
+            reply(lambda: answer_classes(request["answers"]))
             continue
         for response in request["responses"]:
-            allow_seconds()
-            answer = None
-            try:
-                answer = extract_answer(response)
-                reply([answer])
-                reply(answer is not None and is_equivalent(answer, request["reference"], request["value"]))
-            except (MemoryError, RecursionError):
-                reply("memory")
+            answer = reply(lambda: [extract_answer(response)])
+            if answer != "memory":
+                reply(lambda: bool(answer[0]) and is_equivalent(answer[0], request["reference"], request["require_value"]))
 
 
-def main(argv=None) -> None:
+# -------------------------------------------------------------------------------------------------------------- audit
+def audit(path: str, shown: int = 5) -> None:
+    """What the checker made of a JSONL of responses: found by which rule, parsed or not, slowest cases, and examples."""
+    rules, reasons, slowest, examples = Counter(), Counter(), [], {}
+    for row, line in enumerate(open(path, encoding="utf-8")):
+        fields = json.loads(line)
+        response = next((fields[name] for name in ("response", "pred", "completion") if name in fields), None)
+        reference = next((fields[name] for name in ("reference", "gold", "answer") if name in fields), None)
+        if not isinstance(response, str) or not isinstance(reference, str):
+            raise SystemExit(f'{path}:{row + 1}: needs "response" and "reference"')
+        start = time.perf_counter()
+        result = explain(response, reference, bool(fields.get("require_value")))
+        slowest = sorted([*slowest, (time.perf_counter() - start, row + 1, str(result.answer)[:60])])[-shown:]
+        rules[result.rule] += 1
+        reasons[(reason := result.why.split(":")[0])] += 1
+        if len(seen := examples.setdefault(reason, [])) < shown:
+            seen.append(f"  line {row + 1}: {str(result.answer)[:60]!r} for {reference[:60]!r} ({result.rule}; {result.why})")
+    total = max(1, sum(rules.values()))
+    for title, counts in (("found by", rules), ("verdict", reasons)):
+        print(f"{title}: " + ", ".join(f"{name} {count} ({count / total:.1%})" for name, count in counts.most_common()))
+    print("slowest: " + "; ".join(f"{seconds * 1e3:.1f} ms line {row} {answer!a}" for seconds, row, answer in slowest[::-1]))
+    for reason, lines in examples.items():
+        print(f"{reason}:", *lines, sep="\n")
+
+
+def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--worker"]:
-        serve_requests(int(argv[1]), float(argv[2]), int(argv[3]))
+    if argv[:1] == ["--worker"]:  # started by Verifier
+        return serve_requests(int(argv[1]), float(argv[2]), int(argv[3]))
+    parser = argparse.ArgumentParser(description="Check answers of models.")
+    parser.add_argument("--audit", metavar="FILE", required=True, help="JSONL with response and reference in each line")
+    audit(parser.parse_args(argv).audit)
 
 
 if __name__ == "__main__":
