@@ -100,16 +100,17 @@ def draw(logits, noise, temperature=1.0, top_p=1.0, top_k=0):
         token = logits.argmax(-1)
     else:
         logits = filter_logits(logits.div_(temperature), top_p, top_k)
-    top = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(top).exp()
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp()
     size = 1 << (weights.shape[1].bit_length() + 1) // 2  # about √V: as many blocks as entries in one
     blocks = F.pad(weights, (0, -weights.shape[1] % size)).view(len(weights), -1, size)
     sums = blocks.sum(-1)
     total = sums.sum(-1, dtype=torch.float64)
     if temperature != 0:
+        # The first token whose running sum of weights exceeds noise · total: its block, then its place in the block.
         block, rest = _first_above(sums, noise * total)
         inside, _ = _first_above(blocks[torch.arange(len(blocks), device=block.device), block], rest)
         token = block * size + inside
+    # log p_y = x_y − log Σ e^x, over what the filters left (x: logits less their maximum)
     logprob = logits.gather(-1, token[:, None])[:, 0] - total.log()
     return token, logprob.to(logits.dtype)
 
@@ -209,7 +210,7 @@ def sample(
 
     def record(logits, row, done):
         """Draws and stores a token for each of the output rows `row` (n,); returns the tokens and new done flags."""
-        position = lengths[row]
+        position = lengths[row]  # within the response: what the noise is keyed by
         token, logprob = draw(logits, uniform(keys[row], position), temperature, top_p, top_k)
         column = position.masked_fill(done, width)
         tokens[row, column], logprobs[row, column] = token, logprob
