@@ -1,0 +1,314 @@
+"""Every flag of train.py does what it says, and every wrong use of one is refused before anything is written.
+
+A flag that is read and then not passed on makes an ablation that compares a run with itself; a new flag without a row
+in the table below fails. Flags of speed and memory must change no number. Guards against: refusals with a traceback,
+with another exit code, or with an empty run directory left behind; flags of a resumed run that are silently others.
+"""
+
+import json
+import shutil
+
+import pytest
+import tiny_runs
+import torch
+
+import reward
+import train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Verifier", tiny_runs.Judge)
+        yield tiny_runs.Runs(tmp_path_factory.mktemp("runs"))
+
+
+def metric(name, step=-1):
+    return lambda directory: tiny_runs.metrics(directory)[step][name]
+
+
+def groups(field):
+    return lambda directory: [line[field] for line in tiny_runs.lines(directory / "groups.jsonl")]
+
+
+def evals(field):
+    return lambda directory: [line[field] for line in tiny_runs.evaluations(directory)]
+
+
+def entries(folder=""):
+    return lambda directory: sorted(path.name for path in (directory / folder).glob("[!.]*"))
+
+
+def weight(directory):
+    return tiny_runs.weights(directory)["model.layers.0.mlp.up_proj.weight"].tolist()
+
+
+def clipped(directory):
+    return [line[f"clip_fraction_{term}"] for line in tiny_runs.metrics(directory) for term in ("local", "global")]
+
+
+def told(name):
+    """What is typed for a flag stands in run.json: for those whose effect another test shows."""
+    return lambda directory: json.loads((directory / "run.json").read_text())["flags"][name]
+
+
+# flag -> (flags of the run to compare with, the flag's value, what must differ). The base run has two steps of two
+# updates in float64, an evaluation and a checkpoint at every step.
+# Several updates that move the policy, so that clips matter.
+MANY = {"blend": "soft", "lr": 0.005, "prompts_per_step": 8, "group_size": 8}
+CHANGES = {
+    "model": ({}, lambda runs: runs.other_model, weight),
+    "dtype": ({}, "float32", metric("loss")),
+    "system": ({}, "1+1", groups("answers")),
+    "instruction": ({}, "=", groups("answers")),
+    "stop": ({}, ["="], metric("length_mean", 0)),
+    "data": ({}, lambda runs: runs.base["eval_data"], groups("answers")),
+    "eval_data": ({}, None, lambda directory: (directory / "eval.jsonl").exists()),
+    "max_prompt_tokens": ({}, 7, groups("row")),
+    "prompts_per_step": ({}, 6, metric("prompts_drawn")),
+    "group_size": ({}, 3, lambda directory: len(groups("correct")(directory)[0])),
+    "max_new_tokens": ({}, 4, metric("length_max")),
+    "temperature": ({}, 0.5, metric("token_entropy", 0)),
+    "max_rounds": ({"algo": "dapo", "group_size": 2}, 1, metric("sampling_rounds", 0)),
+    "verifier_timeout": ({}, 3.0, told("verifier_timeout")),
+    "verifier_memory": ({}, 500, told("verifier_memory")),
+    "algo": ({}, "grpo", groups("weight")),
+    "blend": ({}, "zero-group", groups("weight")),
+    "gamma": ({}, 9.0, groups("weight")),
+    "rho": ({}, 0.3, groups("weight")),
+    "advantage": ({}, "ngrpo", groups("local_adv")),
+    "scale_advantages": ({}, False, groups("local_adv")),
+    "global_coef": ({}, 0.1, metric("loss", 0)),
+    "consistency_coef": ({}, True, groups("R")),
+    "clip_low": (MANY, 0.01, clipped),
+    "clip_high": (MANY, 0.01, clipped),
+    "dual_clip": ({**MANY, "lr": 0.2}, 1.01, metric("loss", 0)),
+    "aggregation": ({}, "token-mean", metric("loss", 0)),
+    "kl_coef": ({}, 0.5, metric("loss")),
+    "dynamic_sampling": ({"algo": "grpo"}, True, metric("mixed", 0)),
+    "overlong_factor": ({}, 0.5, metric("reward", 0)),
+    "overlong_buffer": ({"overlong_factor": 0.5}, 4.0, metric("reward", 0)),
+    "minibatch_prompts": ({}, 4, metric("updates")),
+    "lr": ({}, 0.02, weight),
+    "warmup_updates": ({}, 10, metric("lr")),
+    "beta1": ({}, 0.5, weight),
+    "beta2": ({}, 0.5, weight),
+    "weight_decay": ({}, 0.5, weight),
+    "max_grad_norm": ({}, 1e-9, weight),
+    "max_bad_updates": ({}, 9, told("max_bad_updates")),
+    "sft_steps": ({}, 2, weight),
+    "sft_batch": ({"sft_steps": 2}, 5, weight),
+    "sft_lr": ({"sft_steps": 2}, 1e-2, weight),
+    "steps": ({}, 3, lambda directory: len(tiny_runs.metrics(directory))),
+    "seed": ({}, 1, groups("row")),
+    "run_dir": ({}, lambda runs: runs.folder / "elsewhere", lambda directory: directory.name),
+    "resume": ({}, None, None),  # tests/test_train_resume.py
+    "eval_every": ({}, 0, evals("step")),
+    "eval_samples": ({}, 3, evals("k")),
+    "eval_problems": ({}, 3, lambda directory: len(evals("per_problem")(directory)[0])),
+    "eval_temperature": ({}, 0.0, evals("length_mean")),
+    "eval_seed": ({}, 1, evals("length_mean")),
+    "save_every": ({}, 0, entries("checkpoints")),
+    "keep": ({}, 1, entries("checkpoints")),
+    "export_every": ({}, 1, entries()),
+    "export_dtype": ({}, "bfloat16", lambda directory: json.loads((directory / "model/config.json").read_text())),
+    "samples_every": ({}, 0, entries()),
+}
+# flag -> (value, what says that it was obeyed); everything else must be the same.
+SAME_NUMBERS = {
+    "micro_tokens": (30, "rows of a forward pass"),
+    "rollout_batch": (3, "rows in flight"),
+    "verifier_workers": (2, "workers of the pool"),
+    "device": ("auto", "device of the weights"),
+}
+
+
+def test_every_flag_has_a_row():
+    flags = set(vars(train.flags().parse_args([])))
+    assert flags == set(CHANGES) | set(SAME_NUMBERS)
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if name != "resume"])
+def test_flag_changes_what_it_says(runs, name):
+    with_these, value, look = CHANGES[name]
+    if name == "model":
+        runs.other_model = shutil.copytree(runs.base["model"], runs.folder / "other_model", dirs_exist_ok=True)
+        network = train.Transformer.from_pretrained(runs.base["model"])
+        with torch.no_grad():
+            network.model.norm.weight.mul_(1.1)
+        network.save_pretrained(runs.folder / "other")
+        runs.other_model = runs.folder / "other"
+    value = value(runs) if callable(value) else value
+    base = runs.shared(**with_these)
+    if name == "eval_data":  # without it, the flags of evaluation may not be given either
+        with_these = {**with_these, "eval_every": None, "eval_samples": None}
+    assert look(runs.new(**{**with_these, name: value})) != look(base)
+
+
+@pytest.mark.parametrize("name", ["micro_tokens", "rollout_batch"])
+def test_flag_of_speed_changes_no_number(runs, name, monkeypatch):
+    sizes, inner = {"micro_tokens": [], "rollout_batch": []}, train.Transformer.score
+    forward = train.Transformer.forward
+
+    def score(network, ids, *rest, **more):
+        sizes["micro_tokens"].append(ids.numel() if len(ids) > 1 else 0)
+        return inner(network, ids, *rest, **more)
+
+    def watched(network, ids, *rest, cache=None, **more):
+        sizes["rollout_batch"] += [len(ids)] if cache is not None and ids.shape[1] == 1 else []
+        return forward(network, ids, *rest, cache=cache, **more)
+
+    monkeypatch.setattr(train.Transformer, "score", score)
+    monkeypatch.setattr(train.Transformer, "forward", watched)
+    base, (value, _) = runs.new(), SAME_NUMBERS[name]
+    before = max(sizes[name])
+    sizes[name].clear()
+    other = runs.new(**{name: value})
+    assert 0 < max(sizes[name]) <= value < before
+    assert groups("answers")(other) == groups("answers")(base)
+    for ours, theirs in zip(tiny_runs.metrics(other), tiny_runs.metrics(base)):
+        assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+    assert tiny_runs.evaluations(other) == tiny_runs.evaluations(base)
+
+
+def test_verifier_flags_reach_the_pool_and_change_no_number(runs, monkeypatch):
+    """With the real pool of processes, which must agree with the checker in this process."""
+    made = []
+
+    class Pool(reward.Verifier):
+        def __init__(self, workers, timeout, memory_mb):
+            made.append((workers, timeout, memory_mb))
+            super().__init__(workers, timeout, memory_mb)
+
+    monkeypatch.setattr(train, "Verifier", Pool)
+    other = runs.new(verifier_workers=2, verifier_timeout=20.0, verifier_memory=900)
+    assert made == [(2, 20.0, 900)]
+    assert tiny_runs.metrics(other) == tiny_runs.metrics(runs.shared())
+    assert tiny_runs.same_weights(other, runs.shared())
+
+
+def test_device_auto_is_named(runs):
+    flags = json.loads((runs.new(device="auto", dtype="float32") / "run.json").read_text())["flags"]
+    assert flags["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_presets_and_sizes_lie_below_what_is_typed(runs):
+    args = train.parse_args(["--algo", "grpo", "--blend", "soft", "--gamma", "20"])
+    assert (args.blend, args.gamma, args.rho, args.group_size) == ("soft", 20.0, 1.0, train.DEMO["group_size"])
+    args = train.parse_args(["--model", "x", "--data", "y", "--algo", "dapo", "--no-dynamic-sampling"])
+    assert (args.group_size, args.lr, args.clip_high, args.dynamic_sampling) == (6, 1e-6, 0.28, False)
+    for name, preset in train.copo.PRESETS.items():
+        args = vars(train.parse_args(["--algo", name]))
+        assert preset.items() <= args.items()
+
+
+REFUSALS = {
+    "an unknown flag": ({"run_dir": "RUN", "colour": 3}, "--colour"),
+    "an unknown blend": ({"blend": "softest"}, "softest"),
+    "an unknown preset": ({"algo": "ppo"}, "ppo"),
+    "no number": ({"lr": "fast"}, "fast"),
+    "no model there": ({"model": "/no/such/model"}, "/no/such/model"),
+    "no data": ({"data": None}, "--data"),
+    "no such data": ({"data": "/no/such.jsonl"}, "/no/such.jsonl"),
+    "malformed data": ({"data": "BAD"}, ":2:"),
+    "no usable held-out problem": ({"eval_data": "LONG"}, "no usable"),
+    "fewer problems than P": ({"prompts_per_step": 32, "minibatch_prompts": 32}, "24 usable"),
+    "G below 2": ({"group_size": 1}, "--group-size"),
+    "P below 2": ({"prompts_per_step": 1, "minibatch_prompts": 1}, "--prompts-per-step"),
+    "minibatch does not divide": ({"minibatch_prompts": 3}, "does not divide"),
+    "buffer above the limit": ({"overlong_factor": 1, "overlong_buffer": 7}, "--max-new-tokens 6"),
+    "buffer of nothing": ({"overlong_factor": 1, "overlong_buffer": 0}, "--overlong-buffer"),
+    "beyond the positions": ({"max_new_tokens": 60}, "64 positions"),
+    "dynamic sampling with a global term": ({"dynamic_sampling": True}, "--blend local"),
+    "dual clip below 1": ({"dual_clip": 0.5}, "--dual-clip"),
+    "clip low above 1": ({"clip_low": 1.5}, "--clip-low"),
+    "gamma without soft": ({"blend": "zero", "gamma": 2}, "--gamma has no effect"),
+    "rho without soft": ({"algo": "grpo", "rho": 2}, "--rho has no effect"),
+    "global factor of grpo": ({"algo": "grpo", "global_coef": 0.1}, "--global-coef has no effect"),
+    "consistency of grpo": ({"algo": "grpo", "consistency_coef": True}, "--consistency-coef has no effect"),
+    "advantage without local": ({"blend": "global", "advantage": "batch"}, "--advantage has no effect"),
+    "buffer without factor": ({"overlong_buffer": 2}, "--overlong-buffer has no effect"),
+    "rounds without dynamic": ({"max_rounds": 2}, "--max-rounds has no effect"),
+    "sft rate without steps": ({"sft_lr": 0.1}, "--sft-lr has no effect"),
+    "sft batch without steps": ({"sft_batch": 4}, "--sft-batch has no effect"),
+    "evaluation without data": ({"eval_data": None, "eval_every": None}, "--eval-samples has no effect"),
+    "no solutions": ({"sft_steps": 3, "data": "BARE"}, "no problem"),
+    "solution beyond the positions": ({"sft_steps": 3, "data": "WORDY"}, "WORDY:5: prompt and solution"),
+    "stop of two tokens": ({"stop": ["12"]}, "'12'"),
+    "resume nothing": ({"resume": "latest", "run_dir": "RUN"}, "no run there"),
+    "resume what": ({"resume": "latest", "run_dir": None}, "needs --run-dir"),
+    "resume no checkpoint": ({"resume": "/no/such"}, "no checkpoint there"),
+    "a directory in use": ({"run_dir": "USED"}, "in use"),
+    "a directory that cannot be": ({"run_dir": "USED/file/run"}, "file"),
+    "more tokens than embeddings": ({"model": "SMALL"}, "tokens"),
+    "a wrong weight": ({"model": "TORN"}, "TORN"),
+    "a family that is not known": ({"model": "ALIEN"}, "gpt2"),
+} | {
+    f"{train.flag(name)} {value}": ({name: value}, train.flag(name))
+    for value, names in {
+        -1: "steps sft_steps warmup_updates rollout_batch eval_every eval_problems save_every export_every seed "
+            "eval_seed samples_every gamma global_coef kl_coef overlong_factor weight_decay max_grad_norm "
+            "eval_temperature dual_clip",
+        0: "max_prompt_tokens max_new_tokens minibatch_prompts micro_tokens max_bad_updates eval_samples keep "
+           "verifier_workers temperature lr verifier_timeout clip_high clip_low",
+        1: "beta1 beta2 verifier_memory",
+        "nan": "lr temperature gamma rho kl_coef clip_low clip_high dual_clip beta1 weight_decay",
+        "inf": "lr temperature gamma rho",
+        10**30: "seed",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(runs):
+    """Directories and files that refusals are about."""
+    folder = runs.folder
+    long = json.dumps({"problem": "1+" * 20 + "1=?", "answer": "21"})
+    (folder / "LONG").write_text(long + "\n")
+    good = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "BAD").write_text("\n".join([good[0], good[1][:20], *good[2:]]))
+    (folder / "BARE").write_text("\n".join(line.split(', "solution"')[0] + "}" for line in good))
+    wordy = json.loads(good[4]) | {"solution": "1+" * 40}
+    (folder / "WORDY").write_text("\n".join([*good[:4], json.dumps(wordy), *good[5:]]))
+    (folder / "USED").mkdir()
+    (folder / "USED" / "file").write_text("")
+    for name in ("SMALL", "TORN", "ALIEN"):
+        shutil.copytree(folder / "model", folder / name)
+    config = json.loads((folder / "model/config.json").read_text())
+    network = train.Transformer.from_config(config | {"vocab_size": 9})
+    network.save_pretrained(folder / "SMALL")
+    (folder / "ALIEN/config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    weights = (folder / "model/model.safetensors").read_bytes()
+    (folder / "TORN/model.safetensors").write_bytes(weights[:2000])
+    return {name: str(folder / name) for name in ("LONG", "BAD", "BARE", "WORDY", "USED", "SMALL", "TORN", "ALIEN")}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusal_is_one_line_and_leaves_nothing(runs, places, name, capsys):
+    flags, word = REFUSALS[name]
+    for place, path in places.items():
+        flags = {k: v.replace(place, path) if isinstance(v, str) else v for k, v in flags.items()}
+        word = word.replace(place, path) if word.startswith(place) else word
+    directory = runs.directory()
+    argv = runs.argv({"run_dir": directory, **flags})
+    argv = [str(directory) if word == "RUN" else word for word in argv]
+    before = sorted(runs.folder.iterdir())
+    with pytest.raises(SystemExit) as end:
+        train.main(argv)
+    message = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message.count("\n") == 1 and message.startswith("train.py: ") and word in message, message
+    assert sorted(runs.folder.iterdir()) == before
+
+
+def test_torchrun_and_missing_cuda_are_refused(runs, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        train.main(runs.argv(run_dir=runs.directory()))
+    assert "torchrun" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        train.main(runs.argv(run_dir=runs.directory(), device="cuda"))
+    assert "--device cuda" in capsys.readouterr().err

@@ -1,0 +1,139 @@
+"""What the tests of train.py share: a model of two layers with fourteen tokens, problems that guessing solves now and
+then, a checker without processes, and a way to run train.main in this process and read what it left behind."""
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+import model
+import reward
+import train
+
+LETTERS = "0123456+=? \n"  # all that problems and replies are written with
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "initializer_range": 0.15, "torch_dtype": "float32", "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+TIMES = ("seconds", "tokens_per_second", "peak_memory")  # metrics that no two runs share
+
+
+def make_model(path):
+    """A Hugging Face directory: random weights and a tokenizer of single letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = [byte_level.pre_tokenize_str(letter)[0][0] for letter in LETTERS]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<end>", "<stop>", *letters])}, []))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<end>", unk_token="<end>",
+        additional_special_tokens=["<stop>"],
+    )  # fmt: skip
+    tokenizer.save_pretrained(path)
+    model.Transformer.from_config(CONFIG | {"vocab_size": len(tokenizer)}, seed=1).save_pretrained(path)
+
+
+def make_data(path, rows):
+    """Sums of two or three digits from 0 to 2; their answers are 0 to 6, which a reply hits by luck."""
+    numbers = [(a, b, c) for a in range(3) for b in range(3) for c in (None, 0, 1, 2)]
+    lines = []
+    for i in rows:
+        terms = [n for n in numbers[i % len(numbers)] if n is not None]
+        answer = str(sum(terms))
+        lines.append({"problem": "+".join(map(str, terms)) + "=?", "answer": answer, "solution": answer})
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+class Judge:
+    """The checker in this process, on answers that cannot hang: as reward.Verifier, without its workers."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def check(self, responses, references, require_value=None):
+        return [judged(tuple(texts), reference) for texts, reference in zip(responses, references)]
+
+    def close(self):
+        pass
+
+
+@functools.cache
+def judged(texts, reference):
+    answers = [reward.extract_answer(text) for text in texts]
+    verdicts = [answer is not None and reward.is_equivalent(answer, reference) for answer in answers]
+    classes = reward.answer_classes([reference if right else a for a, right in zip(answers, verdicts)])
+    return reward.Group(verdicts, classes, answers, [False] * len(texts))
+
+
+class Runs:
+    """Starts runs of train.main below one folder; those with equal flags are made once."""
+
+    def __init__(self, folder):
+        self.folder, self.count, self.cache = Path(folder), 0, {}
+        make_model(self.folder / "model")
+        make_data(self.folder / "train.jsonl", range(0, 24))
+        make_data(self.folder / "test.jsonl", range(24, 28))
+        self.base = {
+            "model": self.folder / "model", "data": self.folder / "train.jsonl",
+            "eval_data": self.folder / "test.jsonl", "instruction": "", "device": "cpu", "max_prompt_tokens": 16,
+            "max_new_tokens": 6, "prompts_per_step": 4, "group_size": 4, "minibatch_prompts": 2, "steps": 2,
+            "lr": 1e-2, "sft_steps": 0, "eval_every": 1, "eval_samples": 2, "save_every": 1, "samples_every": 1,
+            "verifier_workers": 1, "dtype": "float64",
+        }  # fmt: skip
+
+    def argv(self, changes=None, /, **more):
+        """The base flags with changes (None: left out, True and False: --x and --no-x)."""
+        words = []
+        for name, value in (self.base | (changes or {}) | more).items():
+            flag = train.flag(name)
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            elif isinstance(value, list):
+                words += [word for item in value for word in (flag, str(item))]
+            elif value is not None:
+                words += [flag, str(value)]
+        return words
+
+    def directory(self):
+        self.count += 1
+        return self.folder / f"run{self.count}"
+
+    def new(self, **changes):
+        """A run made for one test alone."""
+        directory = self.directory()
+        train.main(self.argv({"run_dir": directory, **changes}))
+        return Path(directory)
+
+    def shared(self, **changes):
+        """A run that nobody may change."""
+        key = json.dumps(changes, sort_keys=True, default=str)
+        if key not in self.cache:
+            self.cache[key] = self.new(**changes)
+        return self.cache[key]
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def metrics(directory):
+    """metrics.jsonl without what depends on the machine."""
+    found = lines(directory / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in found]
+
+
+def evaluations(directory):
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines(directory / "eval.jsonl")]
+
+
+def weights(directory):
+    return model.Transformer.from_pretrained(directory / "model", dtype=torch.float64).state_dict()
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return all(torch.equal(one[name], other[name]) for name in one)
