@@ -1184,6 +1184,10 @@ def main(argv=None):
         path = save_checkpoint(run)
         say(f"stopped by {run.stop.signal}; saved {path}. To go on: python train.py --run-dir {run.directory} --resume "
             "latest")  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"train.py: stopped at once; --run-dir {run.directory} --resume latest goes back to the last checkpoint",
+              file=sys.stderr)  # fmt: skip
+        raise SystemExit(130) from None
     finally:
         run.verifier.close()
         run.stop.restore()

@@ -137,3 +137,93 @@ def weights(directory):
 def same_weights(one, other):
     one, other = weights(one), weights(other)
     return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def saved(checkpoint, scratch):
+    """All that a checkpoint holds, as flat name -> value; the run files' lengths apart, which depend on times."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(checkpoint, scratch)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state.pop("files")
+
+    def flat(prefix, value):
+        if isinstance(value, dict):
+            return {k: v for name, part in value.items() for k, v in flat(f"{prefix}/{name}", part).items()}
+        return {prefix: value}
+
+    return flat("", torch.load(scratch, weights_only=False)) | flat("state", state)
+
+
+def difference(one, other):
+    """Why two finished runs are not the same run, or None: weights, optimiser, state, metrics, every file."""
+    if metrics(one) != metrics(other):
+        return "metrics.jsonl"
+    if evaluations(one) != evaluations(other):
+        return "eval.jsonl"
+    for name in ("groups.jsonl", "samples.txt"):
+        if (one / name).read_bytes() != (other / name).read_bytes():
+            return name
+    if not same_weights(one, other):
+        return "exported weights"
+    last = [sorted((place / "checkpoints").glob("step-*"))[-1] for place in (one, other)]
+    ours, theirs = (saved(path, one / "scratch.pt") for path in last)
+    (one / "scratch.pt").unlink()
+    if ours.keys() != theirs.keys():
+        return f"names in the checkpoint: {sorted(ours.keys() ^ theirs.keys())[:5]}"
+    for name, value in ours.items():
+        same = torch.equal(value, theirs[name]) if torch.is_tensor(value) else value == theirs[name]
+        if not same:
+            return f"{name} in the checkpoint"
+    return None
+
+
+def watch_events(act):
+    """Calls act(name) before and after everything in train.py that leaves a trace, half-written lines included."""
+
+    def wrap(module, name):
+        inner = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            act(f"before {name}")
+            result = inner(*args, **kwargs)
+            act(f"after {name}")
+            return result
+
+        setattr(module, name, wrapped)
+
+    def append(path, lines):
+        text = "".join(line + "\n" for line in lines)
+        for part in (text[: len(text) * 2 // 3], text[len(text) * 2 // 3 :]):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(part)
+            act(f"in {path.name}")
+
+    train.append = append
+    for module, name in (
+        (train, "sample_groups"), (train, "finish_update"), (train, "discard"), (train.dcp, "save"),
+        (train.evaluation, "evaluate"), (train.os, "replace"), (train, "export"), (train, "log_step"),
+    ):  # fmt: skip
+        wrap(module, name)
+
+
+def child(argv, event, count):
+    """A run in a process of its own that kills itself at the count-th event of that name ("": of any)."""
+    import os
+    import signal
+
+    seen = []
+
+    def act(name):
+        seen.append(name)
+        if sum(event in one for one in seen) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.Verifier = Judge
+    watch_events(act)
+    train.main(argv)
+
+
+def quiet_child(argv):
+    train.Verifier = Judge
+    train.main(argv)

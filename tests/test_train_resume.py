@@ -1,0 +1,260 @@
+"""A run that is stopped, however and wherever, and resumed is the run that was never stopped: bit for bit.
+
+Guards against: a cursor, a counter or an optimiser state that a checkpoint forgets; files with lines of an abandoned
+step, or with half lines; half-written checkpoints taken for whole ones; the warm start's optimiser going on into
+reinforcement learning; a KL reference made of the wrong weights; flags that silently change on resume; signals that
+lose a step or end with an error.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import tiny_runs
+
+import train
+
+# Two updates a step, a warm start, a KL term with a reference of its own, evaluations and samples: all that has state.
+FLAGS = {
+    "steps": 6, "dtype": "float32", "sft_steps": 4, "sft_batch": 6, "sft_lr": 1e-3, "kl_coef": 0.1, "eval_every": 3,
+    "save_every": 2, "samples_every": 2, "warmup_updates": 5, "eval_problems": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Verifier", tiny_runs.Judge)
+        yield tiny_runs.Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def start_child():
+    """Starts a function of tiny_runs in a process forked from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "torch.distributed.checkpoint.format_utils"])
+
+    def start(function, *args):
+        process = context.Process(target=function, args=args)
+        process.start()
+        return process
+
+    return start
+
+
+def resume(directory, *more):
+    train.main(["--run-dir", str(directory), "--resume", "latest", *map(str, more)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_three_steps_and_three_more_are_six(runs, dtype):
+    whole = runs.shared(**FLAGS | {"dtype": dtype})
+    parts = runs.new(**FLAGS | {"dtype": dtype, "steps": 3})
+    assert len(tiny_runs.metrics(parts)) == 3
+    resume(parts, "--steps", 6)
+    assert tiny_runs.difference(parts, whole) is None
+
+
+PLACES = [
+    ("after log_step", 1),  # between steps, before the first checkpoint of a step
+    ("after log_step", 3),
+    ("before sample_groups", 4),  # during a step
+    ("after sample_groups", 2),
+    ("after finish_update", 7),  # in the middle of the updates of step 2
+    ("after finish_update", 3),  # during the warm start
+    ("after evaluate", 1),  # before its line is written
+    ("before evaluate", 2),
+    ("in eval.jsonl", 3),  # half a line
+    ("in metrics.jsonl", 5),
+    ("in groups.jsonl", 7),
+    ("in samples.txt", 3),
+    ("before save", 2),  # while saving
+    ("after save", 1),  # written, not renamed: the warm start's
+    ("after save", 3),
+    ("before discard", 1),  # while an old checkpoint is deleted
+    ("after discard", 1),
+    ("after export", 1),  # the reference is there, nothing else
+    ("before replace", 5),
+    ("after export", 2),  # when all is done
+]
+
+
+@pytest.mark.parametrize("event, count", PLACES)
+def test_killed_and_resumed_is_the_same_run(runs, start_child, event, count):
+    whole, directory = runs.shared(**FLAGS), runs.directory()
+    process = start_child(tiny_runs.child, runs.argv(FLAGS, run_dir=directory), event, count)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    resume(directory)
+    assert tiny_runs.difference(directory, whole) is None
+    hidden = [path for path in directory.rglob(".*") if path.name.endswith((".tmp", ".old"))]
+    assert hidden == []
+
+
+def test_killed_again_and_again(runs, start_child):
+    """At ever other events of one run, the resumed parts included; progress is from checkpoint to checkpoint."""
+    whole, directory, deaths = runs.shared(**FLAGS), runs.directory(), 0
+    argv = runs.argv(FLAGS, run_dir=directory)
+    for count in (9, 14, 25, 31, 17, 40, 23, 200):
+        process = start_child(tiny_runs.child, argv, "", count)
+        process.join(60)
+        deaths += process.exitcode == -signal.SIGKILL
+        argv = ["--run-dir", str(directory), "--resume", "latest"]
+    assert deaths >= 5 and process.exitcode == 0
+    assert tiny_runs.difference(directory, whole) is None
+
+
+def test_half_lines_and_later_steps_are_cut(runs):
+    whole, directory = runs.shared(**FLAGS), runs.new(**FLAGS | {"steps": 4, "eval_every": 2})
+    for name in ("metrics.jsonl", "groups.jsonl", "eval.jsonl", "samples.txt"):
+        with open(directory / name, "ab") as file:
+            file.write(b'{"step": 5, "reward": 1.0}\n{"step": 5, "\xe2\x8f')
+    resume(directory, "--steps", 6)
+    assert tiny_runs.metrics(directory) == tiny_runs.metrics(whole)
+    assert (directory / "samples.txt").read_bytes() == (whole / "samples.txt").read_bytes()
+    assert [line["step"] for line in tiny_runs.evaluations(directory)] == [0, 2, 4, 6]
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+
+def signal_at(monkeypatch, event, count, *numbers):
+    """Sends signals to this process at an event of the run."""
+    seen = []
+
+    def act(name):
+        seen.append(name)
+        if event in name and sum(event in one for one in seen) == count:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    for module, name in ((train, "append"), (train, "sample_groups"), (train, "finish_update"), (train, "discard"),
+                         (train.dcp, "save"), (train.evaluation, "evaluate"), (train.os, "replace"),
+                         (train, "export"), (train, "log_step")):  # fmt: skip
+        monkeypatch.setattr(module, name, getattr(module, name))  # so that they are put back
+    tiny_runs.watch_events(act)
+
+
+# event, its count, the checkpoint that is then the newest, finished steps
+STOPS = [
+    ("after finish_update", 2, "sft-000002", 0),
+    ("after finish_update", 4, "step-000000", 0),  # the last of the warm start
+    ("before evaluate", 1, "step-000000", 0),
+    ("after evaluate", 2, "step-000003", 3),
+    ("before sample_groups", 3, "step-000002", 2),  # the third step is abandoned
+    ("after sample_groups", 4, "step-000003", 3),
+    ("after finish_update", 9, "step-000003", 3),  # the third step is finished first
+    ("after save", 2, "step-000002", 2),
+]
+
+
+@pytest.mark.parametrize("event, count, checkpoint, steps, number", [
+    *[(*stop, signal.SIGTERM) for stop in STOPS], (*STOPS[4], signal.SIGINT), (*STOPS[6], signal.SIGINT),
+])  # fmt: skip
+def test_a_signal_saves_and_ends_well(runs, monkeypatch, capsys, event, count, checkpoint, steps, number):
+    whole, directory = runs.shared(**FLAGS), runs.directory()
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        signal_at(patch, event, count, number)
+        train.main(runs.argv(FLAGS, run_dir=directory))  # returns: exit code 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert f"--run-dir {directory} --resume latest" in said and checkpoint in said and number.name in said
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir())[-1] == checkpoint
+    done = directory / "metrics.jsonl"
+    assert (len(tiny_runs.metrics(directory)) if done.exists() else 0) == steps
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    resume(directory)
+    assert tiny_runs.difference(directory, whole) is None
+
+
+def test_second_ctrl_c_stops_at_once(runs, monkeypatch, capsys):
+    directory = runs.directory()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        signal_at(patch, "after finish_update", 9, signal.SIGINT, signal.SIGINT)
+        train.main(runs.argv(FLAGS, run_dir=directory))
+    assert end.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+    resume(directory)
+    assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
+
+
+def test_sigterm_from_outside_ends_the_process_with_0(runs, start_child):
+    directory = runs.directory()
+    process = start_child(tiny_runs.quiet_child, runs.argv(FLAGS, run_dir=directory, steps=10_000, eval_every=0))
+    deadline = time.monotonic() + 60
+    while not (directory / "samples.txt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 0
+    newest = sorted((directory / "checkpoints").iterdir())[-1]
+    assert newest.name == f"step-{len(tiny_runs.metrics(directory)):06d}"
+
+
+# --------------------------------------------------------------------------------------------------- flags on resume
+
+
+def test_resume_takes_the_flags_of_the_run_and_says_what_changed(runs, capsys):
+    directory = runs.new(**FLAGS | {"steps": 2})
+    capsys.readouterr()
+    resume(directory, "--steps", 4, "--lr", "0.5", "--weight-decay", "0.25", "--beta2", "0.5")
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 3 and "WARNING --lr was 0.01 and is now 0.5" in said
+    assert [line["lr"] for line in tiny_runs.metrics(directory)[1:]] == pytest.approx([0.008, 0.5, 0.5])
+    state = tiny_runs.saved(directory / "checkpoints/step-000004", directory / "scratch.pt")
+    groups = state["/optimizer/param_groups"]
+    assert [(group["weight_decay"], group["betas"]) for group in groups] == [(0.25, (0.9, 0.5)), (0.0, (0.9, 0.5))]
+    record = json.loads((directory / "run.json").read_text())
+    assert record["flags"]["lr"] == 0.5 and set(record["resumed"][0]["changed"]) == {"lr", "weight_decay", "beta2"}
+    resume(directory, "--algo", "grpo")
+    said = capsys.readouterr().out
+    assert "--lr" not in said and "WARNING --blend was soft-zero and is now local" in said
+
+
+def test_resume_from_an_earlier_checkpoint_forgets_the_later_ones(runs):
+    directory = runs.new(**FLAGS | {"keep": 9, "eval_every": 2})
+    train.main(["--resume", str(directory / "checkpoints/step-000002"), "--lr", "0.02"])
+    changed = runs.new(**FLAGS | {"steps": 2, "keep": 9, "eval_every": 2})
+    resume(changed, "--steps", 6, "--lr", "0.02")
+    assert tiny_runs.difference(directory, changed) is None
+    assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is not None
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model", "elsewhere"], ["--dtype", "float64"], ["--sft-steps", "9"], ["--sft-lr", "1"], ["--sft-batch", "3"],
+])  # fmt: skip
+def test_flags_that_checkpoints_depend_on_cannot_change(runs, capsys, flags):
+    with pytest.raises(SystemExit) as end:
+        resume(runs.shared(**FLAGS), *flags)
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and flags[0] in message and "cannot change" in message and message.count("\n") == 1
+
+
+def test_kl_cannot_begin_later_after_a_warm_start(runs, capsys):
+    directory = runs.new(**FLAGS | {"kl_coef": 0.0, "steps": 1})
+    with pytest.raises(SystemExit) as end:
+        resume(directory, "--kl-coef", "0.1")
+    assert end.value.code == 2 and "no reference" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_refused(runs, capsys):
+    whole, other = runs.shared(**FLAGS), runs.shared(**FLAGS | {"dtype": "bfloat16"})
+    with pytest.raises(SystemExit) as end:
+        train.main(["--resume", str(next((whole / "checkpoints").iterdir())), "--run-dir", str(other)])
+    assert end.value.code == 2 and "another run" in capsys.readouterr().err
+
+
+def test_the_reference_is_the_policy_after_the_warm_start(runs):
+    """KL is exactly 0 at the first update, and grows; the resumed run has it too (the tests above compare it)."""
+    whole = runs.shared(**FLAGS | {"minibatch_prompts": 4, "dtype": "float64"})
+    found = [line["kl"] for line in tiny_runs.metrics(whole)]
+    assert found[0] == 0 and min(found[1:]) > 1e-6
+
+
+def test_resuming_a_finished_run_changes_nothing(runs):
+    directory = shutil.copytree(runs.shared(**FLAGS), runs.directory())
+    resume(directory)
+    assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
