@@ -32,6 +32,7 @@ import warnings
 import zlib
 from collections import Counter
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import sympy
@@ -47,7 +48,7 @@ MAX_WORK = 40_000  # of one numeric evaluation, see value_at; below 0.1 s
 MAX_MAGNITUDE = 1 << 17  # bits before the point in numeric evaluation
 
 
-# ----------------------------------------------------------------------------------------------------------- problems
+# -- problems ----------------------------------------------------------------------------------------------------------
 class Problem(NamedTuple):
     row: int  # 0-based line of the file
     problem: str
@@ -57,41 +58,36 @@ class Problem(NamedTuple):
 
 
 def load_problems(path, dropped: Counter | None = None) -> list[Problem]:
-    """JSONL of {"problem", "answer", optional "solution", "require_value"}.
-
-    Malformed lines are refused by file and line. Answers that are empty or over the checker's limits could never earn
-    a reward: they are dropped, and counted by reason in `dropped`.
-    """
+    """JSONL of {"problem", "answer", optional "solution", "require_value"}. Malformed lines are refused by file and
+    line; answers that are empty or over the checker's limits could never earn a reward: dropped, counted by reason."""
     problems, dropped = [], Counter() if dropped is None else dropped
+    kinds = {"problem": str, "answer": str, "solution": str | None, "require_value": bool}
     with open(path, encoding="utf-8") as file:
         for row, line in enumerate(file):
-            where = f"{path}:{row + 1}"
+            if not line.strip():
+                continue
             try:
-                fields = json.loads(line) if line.strip() else None
+                fields = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({error}); write one object a line") from None
-            if fields is None and not line.strip():
-                continue
+                raise ValueError(f"{path}:{row + 1}: not JSON ({error}); write one object a line") from None
             if not isinstance(fields, dict):
-                raise ValueError(f'{where}: not an object; write {{"problem": …, "answer": …}}')
-            if missing := [name for name in ("problem", "answer") if name not in fields]:
-                raise ValueError(f'{where}: the field "{missing[0]}" is missing; add it')
-            if type(fields["answer"]) in (int, float):
+                raise ValueError(f'{path}:{row + 1}: not an object; write {{"problem": …, "answer": …}}')
+            if type(fields.get("answer")) in (int, float):
                 fields["answer"] = str(fields["answer"])
-            for name, kind in (("problem", str), ("answer", str), ("solution", str), ("require_value", bool)):
-                if (fields.get(name) is not None and not isinstance(fields[name], kind)) or (name in fields and not (
-                    fields[name] is not None or name == "solution")):
-                    raise ValueError(f'{where}: the field "{name}" must be {kind.__name__}, not {fields[name]!r:.40}')
+            fields = {"solution": None, "require_value": False, **fields}
+            for name, kind in kinds.items():
+                if not isinstance(fields.get(name), kind):
+                    wrong = f"is {fields[name]!r:.40}" if name in fields else "is missing"
+                    raise ValueError(f'{path}:{row + 1}: the field "{name}" {wrong}; it must be {kind!s:.13}')
             answer = reference_answer(fields["answer"])
-            if not answer or len(answer) > MAX_ANSWER:
+            if 0 < len(answer) <= MAX_ANSWER:
+                problems.append(Problem(row, *(fields[name] for name in kinds)))
+            else:
                 dropped["answer over the checker's limits" if answer else "empty answer"] += 1
-                continue
-            problems.append(Problem(row, fields["problem"], fields["answer"], fields.get("solution"),
-                                    fields.get("require_value", False)))  # fmt: skip
     return problems
 
 
-# --------------------------------------------------------------------------------- extraction: where the answer stands
+# -- extraction: where in a response the answer stands -----------------------------------------------------------------
 BOX = re.compile(r"\\(?:(?:begin)?boxed|f(?:rame)?box)\s*(?:(?P<open>\{)|(?P<bare>[^\s{}$\\.,]+))|\\.|[{}]", re.S)
 DELIMITER = re.compile(r"\\\$|\$\$?|\\[()\[\]]|\n\s*\n")
 CLOSING_DELIMITER = {"$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
@@ -106,8 +102,8 @@ FINAL = re.compile(r"final (?:answer|result) (?:is|are|=)\s?:?", re.I)
 PHRASE = re.compile(rf"{ANSWER}[^\n.:：$]{{0,40}}?(?:\b(?:is|are|est|es|ist|è|é)\b|是|为|為|は)\s?:?", re.I)
 LETTER = re.compile(
     r"(?:\bit'?s|\bis|\bbe|\best|\bchoose|\boption|\bchoice|\bpick|\bselect)\s?:?\s?[(*]{0,3}([A-J])(?![A-Za-z0-9'])"
-    r"|\A\W{0,3}([A-J])(?=[.,:;)*]|\s*\Z|[^\x00-\x7f])"
-)
+    r"|\A\W{0,3}([A-J])(?=[.,:;)*]|\s*\Z|[^\x00-\x7f])")  # fmt: skip
+BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 CLAUSE_LETTER = re.compile(r"(?:^|(?<=[\s(]))([A-J])(?=$|[\s,.):])(?! [a-z])")
 SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>")
 # Two words side by side, or two letters of a script without spaces; LaTeX's own words do not count.
@@ -121,15 +117,13 @@ def after_thinking(text: str) -> str | None:
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""(start, end, content) of each complete outermost box, in one pass: "\boxed{\frac12}, \boxed 3, \boxed{4" has two."""
+    r"""(start, end, content) of every complete outermost box one pass: 2 in "\boxed{\frac12}, \boxed 3, \boxed{4"."""
     boxes, stack = [], []
     for token in BOX.finditer(text):
         if token["bare"]:
             boxes.append((token.start(), token.end(), token["bare"]))
-        elif token["open"]:
-            stack.append((token.start(), token.end()))
-        elif token[0] == "{":
-            stack.append(None)
+        elif token["open"] or token[0] == "{":
+            stack.append((token.start(), token.end()) if token["open"] else None)
         elif token[0] == "}" and stack and (opened := stack.pop()):
             while boxes and boxes[-1][0] > opened[0]:  # boxes inside this one
                 boxes.pop()
@@ -155,7 +149,7 @@ def find_formulas(text: str) -> list[tuple[int, int, str]]:
 
 
 def last_run(found: list[tuple[int, int, str]], text: str) -> str | None:
-    r"""The last piece, with those that a mere "and" or comma joins to it: "\boxed{1}. So \boxed{2} and \boxed{3}" -> "2, 3"."""
+    r"""The last piece and those that only "and" or a comma joins to it: "\boxed1. \boxed2 and \boxed3" -> "2, 3"."""
     run = found[-1:]
     for piece in reversed(found[-MAX_TOKENS:-1]):
         gap = text[piece[1] : run[0][0]]
@@ -166,51 +160,39 @@ def last_run(found: list[tuple[int, int, str]], text: str) -> str | None:
 
 
 def readable(text: str | None) -> bool:
-    return bool(text) and not isinstance(parse(text).value, Word | None)
+    return bool(text) and not isinstance(parse(text).value, str | None)
 
 
-def from_clause(clause: str) -> str | None:
-    """What "Answer:" or "the answer is" is followed by: " **12 apples**. I hope" -> "12 apples", " for sure D, as" -> "D"."""
-    line = next((line.strip() for line in clause.lstrip(" *:").split("\n", 3)[:3] if line.strip(" *\r")), "")
+def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
+    return max(pattern.finditer(text), key=re.Match.start, default=None)
+
+
+def from_clause(pattern: re.Pattern, text: str) -> str | None:
+    """What follows "Answer:" or "the answer is": " **12 apples**. I hope" -> "12 apples", " for sure D, as" -> "D"."""
+    if not (match := last_match(pattern, text)):
+        return None
+    lines = text[match.end() : match.end() + MAX_ANSWER].lstrip(" *:").split("\n", 3)[:3]
+    line = next((line.strip() for line in lines if line.strip(" *\r")), "")
     sentence = re.split(r"[.!?](?:\s|$)|[。！]", line, maxsplit=1)[0].strip(" *\"'`")
     for candidate in (sentence, last_run(find_formulas(line), line), from_bold(line)):
         if readable(candidate):
             return candidate
     if letter := CLAUSE_LETTER.search(sentence):
         return letter[1]
-    if numbers := list(NUMBER.finditer(sentence)):
+    numbers = list(NUMBER.finditer(sentence))
+    if numbers:  # "42, since 6 x 7 = 42", but "Jane started 3 hours ago"
         return numbers[0 if numbers[0].start() == 0 else -1][0]
     return sentence if 0 < len(sentence.split()) <= 5 else None
 
 
-def from_match(pattern: re.Pattern, text: str) -> str | None:
-    last = None
-    for last in pattern.finditer(text):
-        pass
-    return from_clause(text[last.end() : last.end() + MAX_ANSWER]) if last else None
-
-
-def from_tag(text: str) -> str | None:
-    before, closed, _ = text.rpartition("</answer>")
-    _, opened, inside = before.rpartition("<answer>")
-    return inside.strip() or None if opened else None
-
-
-def from_hashes(text: str) -> str | None:
-    _, found, line = text.rpartition("####")
-    return line.strip(" :\r\n").split("\n", 1)[0].strip() or None if found else None
-
-
 def from_bold(text: str) -> str | None:
-    bold = [part.strip(" .") for part in text.split("**")[1::2]]
-    return bold[-1] if bold and readable(bold[-1]) else None
+    bold = last_match(BOLD, text)
+    return bold[1].strip(" .") if bold and readable(bold[1].strip(" .")) else None
 
 
 def from_letter(text: str) -> str | None:
     """A choice in prose, if no number follows: "It's not A, so I think it's B" -> "B", "B不是 A" -> "B"."""
-    last = None
-    for last in LETTER.finditer(text):
-        pass
+    last = last_match(LETTER, text)
     return last[1] or last[2] if last and not re.search(r"[\d$]", text[last.end() :]) else None
 
 
@@ -223,23 +205,26 @@ def from_formula(text: str) -> str | None:
 
 RULES = (  # in the order of trust: the first rule that finds something decides
     ("box", lambda text: last_run(find_boxes(text), text), r"the last complete \boxed{…}: what prompts ask for"),
-    ("tag", from_tag, "<answer>…</answer>: the other format that prompts ask for"),
-    ("label", lambda text: from_match(LABEL, text), "Answer: … stands for nothing else"),
-    ("final", lambda text: from_match(FINAL, text), "the final answer is …: said once, at the end"),
-    ("hashes", from_hashes, "#### …: GSM8K's own format"),
-    ("phrase", lambda text: from_match(PHRASE, text), "the answer is …: may also be said of a part"),
+    ("tag", lambda text: "".join(text.rpartition("</answer>")[0].rpartition("<answer>")[1:])[8:].strip(),
+     "<answer>…</answer>: the other format that prompts ask for"),
+    ("label", lambda text: from_clause(LABEL, text), "Answer: … stands for nothing else"),
+    ("final", lambda text: from_clause(FINAL, text), "the final answer is …: said once, at the end"),
+    ("hashes", lambda text: text.rpartition("####")[2].strip(" :\r\n").split("\n")[0] if "####" in text else None,
+     "#### …: GSM8K's own format"),
+    ("phrase", lambda text: from_clause(PHRASE, text), "the answer is …: may also be said of a part"),
     ("bold", from_bold, "**…**: what the model itself stresses, if it can be read as an answer"),
     ("letter", from_letter, "it's (B): only if no number follows"),
     ("formula", from_formula, "the last $…$: usually the result; about two points better than the last number"),
-    ("number", lambda text: ([None] + NUMBER.findall(text))[-1], "the last number: a guess, but models end on it"),
-)
+    ("number", lambda text: getattr(last_match(NUMBER, text), "group", str)(), "the last number: a guess"),
+)  # fmt: skip
+FIND = {name: rule for name, rule, _ in RULES}
 
 
 def find_answer(text: str) -> tuple[str | None, str]:
     """(answer, name of the rule that found it). A whole sentence in a box is read by the other rules but the last."""
     reply = after_thinking(text) if isinstance(text, str) else None
     reply = SPECIAL.sub("\n", reply[-MAX_RESPONSE:]) if reply else ""
-    for name, rule, _ in RULES:
+    for name, rule in FIND.items():
         if answer := rule(reply):
             if name == "box" and PROSE.search(answer) and parse(answer).value is None and "\\begin" not in answer:
                 answer = next(filter(None, (inner(answer) for _, inner, _ in RULES[2:-1])), answer)
@@ -254,30 +239,32 @@ def extract_answer(text: str) -> str | None:
 
 def reference_answer(text: str) -> str:
     r"""A reference may be bare, in dollars, boxed, or a whole solution that ends in #### or "the final answer is"."""
-    return last_run(find_boxes(text), text) or from_hashes(text) or from_match(FINAL, text) or text.strip()
+    return FIND["box"](text) or FIND["hashes"](text) or FIND["final"](text) or text.strip()
 
 
-# -------------------------------------------------------------------------------------------------- normalise, tokens
+# -- normalise, tokens -------------------------------------------------------------------------------------------------
 SIGNS = str.maketrans({
-    **{c: f"^{{{d}}}" for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")}, **dict.fromkeys("−–—‐", "-"), **dict.fromkeys("×·⋅∙∗", "*"),
-    **dict.fromkeys("÷∕⁄", "/"), "≤": "<=", "⩽": "<=", "≥": ">=", "⩾": ">=", "≠": "!=", "≈": "~", "∞": " inf ", "π": " pi ",
-    "√": r"\sqrt ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "ℝ": r"\mathbb{R}", "½": " 1/2", "¼": " 1/4", "¾": " 3/4",
-    "⅓": " 1/3", "⅔": " 2/3", "∅": r"\emptyset ", "º": "°", "′": "'", "’": "'", "⌊": r"\lfloor ", "⌋": r"\rfloor ", '"': " ",
-    "⌈": r"\lceil ", "⌉": r"\rceil ", "∖": r"\setminus ", "⟨": "(", "⟩": ")", "。": ".", "、": ",", "\u200b": "", "\ufeff": "",
-    "€": r"\$", "£": r"\$", "¥": r"\$", "₹": r"\$", "∠": r"\angle ",
+    **{sign: f"^{{{digit}}}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}, "⁄": "/", '"': " ", "≠": "!=", "≈": "~",
+    **{sign: new for signs, new in (("−–—‐", "-"), ("×·⋅∙∗", "*"), ("÷∕", "/"), ("≤⩽", "<="), ("≥⩾", ">="),
+                                    ("€£¥₹", r"\$")) for sign in signs},
+    "∞": " inf ", "π": " pi ", "√": r"\sqrt ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "ℝ": r"\mathbb{R}", "º": "°",
+    "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "∅": r"\emptyset ", "∠": r"\angle ", "′": "'",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∖": r"\setminus ", "⟨": "(", "⟩": ")",
+    "’": "'", "。": ".", "、": ",", "\u200b": "", "\ufeff": "",
 })  # fmt: skip
-UNITS = {  # every spelling -> the first
-    alias: names.split()[0] for names in ["cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "m meter metre", "ft foot feet", "in inch inche", "yd yard", "mi mile", "kg kilogram", "g gram", "mg milligram", "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year yr", "L l liter litre", "mL ml milliliter", "dollar usd buck", "cent", "deg degree", "rad radian", "mph", "percent pct percentage", "sq square", "cubic", "gallon", "mol"] for alias in names.split()
-}  # fmt: skip
+UNITS = {alias: names.split()[0] for names in str.split((  # every spelling -> the first
+    "cm centimeter centimetre;mm millimeter millimetre;km kilometer kilometre;m meter metre;ft foot feet;in inch inche;"
+    "yd yard;mi mile;kg kilogram;g gram;mg milligram;lb pound;oz ounce;s sec second;min minute;h hr hour;day;week;"
+    "month;mol;mph;year yr;L l liter litre;mL ml milliliter;dollar usd buck;cent;deg degree;rad radian;gallon;"
+    "percent pct percentage;sq square;cubic"), ";") for alias in names.split()}  # fmt: skip
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,;:! ]\s?|\{,\}|,\\!|[ \u00a0\u202f])\d{3})+(?!\d)")
 EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3}){2,}|-?\d{1,3}(?:\.\d{3})+,\d+")
 TEXT = re.compile(r"\\(?:text|mbox|hbox|mathrm|mathsf|mathbf|operatorname)(?:bf|it|rm|normal|tt)?\s*\{([^{}]*)\}")
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\(?:left|right)\s*\.", " "),
+    (r"\\(?:left|right)\s*\.|\\[()\[\]](?!\d+(?:pt|em))", " "),
     (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
     (r"\\mathbb\s*\{?\s*R\s*\}?|(?i:\ball real numbers\b)", "ℝ"),
-    (r"\\[()\[\]](?!\d+(?:pt|em))", " "),
     (r"(?<=\d)\s*[xX]\s*(?=10\s?\^)", "*"),  # 1.5 x 10^3
     (r"\blog(\d+)\(", r"log_{\1}("),
 )]  # fmt: skip
@@ -286,13 +273,12 @@ DOUBLED = re.compile(r"\\\\(?=(?:[dt]?frac|sqrt|left|right|[lg]eq?|text|pi|cdot|
 
 def quote_words(match: re.Match) -> str:
     r"""\text{ square cm} -> "square" "cm"; a single letter (\text{C}) stays mathematics unless it is a unit."""
-    return " " + re.sub(r"[A-Za-z]+", lambda w: f'"{w[0]}"' if len(w[0]) > 1 or w[0] in UNITS else w[0], match[1]) + " "
+    return " " + re.sub("[A-Za-z]+", lambda w: f'"{w[0]}"' if len(w[0]) > 1 or w[0] in UNITS else w[0], match[1]) + " "
 
 
 def normalise(text: str, thousands: bool = True) -> str:
     r"""Undo what does not change the mathematics: "$1,234.50$." -> "1234.50", "12\,345" -> "12345", "3½" -> "3 1/2"."""
-    text = text.translate(SIGNS)
-    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    text = unicodedata.normalize("NFKC", text.translate(SIGNS))
     text = text if "\\begin" in text else DOUBLED.sub("\\\\", text)
     text = text.replace(r"\$", ' "dollar" ').replace("$", " ")
     for pattern, new in REWRITES:
@@ -310,31 +296,37 @@ class Token(NamedTuple):
 
 
 TOKEN = re.compile(
-    r"(?P<space>\s+|~(?=\\|\s))|(?<![\^_])(?P<mixed>\d+(?:\s+\d+\s?/\s?\d+|\s?\\[dt]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)))(?![\d.])"
+    r"(?P<space>\s+|~(?=\\|\s))"
+    r"|(?<![\^_])(?P<mixed>\d+(?:\s+\d+\s?/\s?\d+|\s?\\[dt]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)))(?![\d.])"
     r"|(?P<number>\d*\.\d*\\(?:overline|bar|dot)\{\d+\}|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![A-Za-z\d]))?)"
     r'|\\(?P<environment>(?:begin|end)\{[a-z]+\*?\})(?:\{[lcr| ]*\})?|\\(?P<command>[A-Za-z]+|.)|"(?P<text>[A-Za-z]+)"'
     r"|(?P<word>[A-Za-z]+)|(?P<op>\*\*|<=|>=|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~])|(?P<greek>[Α-ω])", re.S,
 )  # fmt: skip
-GREEK = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega"]
-GREEK_LETTERS = {unicodedata.lookup(f"GREEK {size} LETTER {name.replace('lambda', 'lamda')}"): name if size == "SMALL"
-                 else name.title() for name in GREEK for size in ("SMALL", "CAPITAL")}  # fmt: skip
-COMMANDS = {  # LaTeX's spelling -> ours; "" is dropped
-    **dict.fromkeys(["left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "displaystyle", "textstyle", "limits", "nolimits", "quad", "qquad", "mathbb", "mathbf", "boldsymbol", "bm", "vec", "mathit", "mathrm", "operatorname", "rm", "bf", "it", ",", ";", ":", "!", "space", "thinspace"], ""),
-    " ": "", "\n": "", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "cdot": "*", "times": "*", "ast": "*", "div": "/",
-    "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=",
-    "neq": "!=", "approx": "~", "simeq": "~", "in": "in", "backslash": "setminus", "{": "set{", "}": "set}", "lbrace": "set{",
-    "rbrace": "set}", "langle": "(", "rangle": ")", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "%": "%", "&": "&",
-    "degree": "°", "dbinom": "binom", "tbinom": "binom", "land": ",", "lor": ",", "varphi": "phi", "varepsilon": "epsilon",
-    "infty": "inf", "varnothing": "emptyset", "colon": ":", "prime": "'", "|": "|", "\\": "row", "**": "^", "==": "=",
-    "=<": "<=", "=>": ">=", ":": ":",
+GREEK = {  # α -> alpha
+    unicodedata.lookup(f"GREEK {size} LETTER {name.replace('LAMBDA', 'LAMDA')}"): title(name)
+    for name in str.split("ALPHA BETA GAMMA DELTA EPSILON ZETA ETA THETA IOTA KAPPA LAMBDA MU NU XI RHO SIGMA TAU "
+                          "UPSILON PHI CHI PSI OMEGA") for size, title in (("SMALL", str.lower), ("CAPITAL", str.title))
 }  # fmt: skip
-SYMPY_NAMES = {"ln": "log", "lg": "log", "abs": "Abs", "ceil": "ceiling", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
-FUNCTIONS = set(["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "asin", "acos", "atan", "log", "exp", "sqrt", "cbrt", "floor", "max", "min", "gcd", "lcm"])
-FUNCTIONS |= SYMPY_NAMES.keys()
+DROPPED = ("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits "
+           "quad qquad mathbb mathbf boldsymbol bm vec mathit mathrm operatorname rm bf it , ; : ! space")  # fmt: skip
+COMMANDS = {  # another spelling -> ours; "" is dropped
+    **dict.fromkeys([*DROPPED.split(), " ", "\n"], ""), **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
+    **dict.fromkeys(("cdot", "times", "ast"), "*"), **dict.fromkeys(("le", "leq", "leqslant", "=<"), "<="),
+    **dict.fromkeys(("ge", "geq", "geqslant", "=>"), ">="), **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
+    "div": "/", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~", "backslash": "setminus",
+    "{": "set{", "}": "set}", "lbrace": "set{", "rbrace": "set}", "langle": "(", "rangle": ")", "\\": "row",
+    "degree": "°", "dbinom": "binom", "tbinom": "binom", "land": ",", "lor": ",", "varphi": "phi", "infty": "inf",
+    "varepsilon": "epsilon", "varnothing": "emptyset", "colon": ":", "prime": "'", "**": "^", "==": "=",
+}  # fmt: skip
+SYMPY_NAMES = {"ln": "log", "lg": "log", "abs": "Abs", "ceil": "ceiling"}
+SYMPY_NAMES |= {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+FUNCTIONS = {*SYMPY_NAMES, *str.split("sin cos tan cot sec csc sinh cosh tanh asin acos atan log exp sqrt floor")}
 CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "inf": sympy.oo, "infinity": sympy.oo, "oo": sympy.oo}
-KNOWN = FUNCTIONS | CONSTANTS.keys() | set(GREEK_LETTERS.values())
-WORDS = {"yes", "no", "odd", "dne"}  # short words that are no products of letters
-DIGIT_WORDS = {word: str(n) for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])}
+KNOWN = {*FUNCTIONS, *CONSTANTS, *GREEK.values()}
+LONG_NAMES = "|".join(sorted((name for name in KNOWN if len(name) > 1), key=len, reverse=True))
+GLUED = re.compile(rf"({LONG_NAMES})([A-Za-z]{{1,2}})$")  # sinx, lnx, pir
+SHORT_WORDS = {"yes", "no", "odd", "dne"}  # no products of letters
+DIGITS = {word: str(n) for n, word in enumerate(str.split("zero one two three four five six seven eight nine ten"))}
 STRUCTURE = {"frac", "binom", "sum", "prod", "lfloor", "rfloor", "lceil", "rceil", "pm", "mp", "emptyset"}
 OPERATORS = set("+-*/^=<>%|(){}[],:&'°~") | {"<=", ">=", "!=", "in", "cup", "setminus", "set{", "set}", "row"}
 
@@ -350,47 +342,39 @@ def tokenise(text: str) -> list[Token]:
         match = TOKEN.match(text, position)
         if not match or len(tokens) > MAX_TOKENS:
             raise Unparsed("too long" if match else f"{text[position]!a} is not mathematics")
-        position, kind = match.end(), match.lastgroup
-        value = match[kind]
-        if kind in ("number", "mixed"):
-            tokens.append(Token("number", value))
-        elif kind == "greek":
-            tokens.append(Token("name", GREEK_LETTERS.get(value, value)))
-        elif kind == "text":
-            tokens.append(Token("number", DIGIT_WORDS[value]) if value in DIGIT_WORDS else Token("text", value))
-        elif kind == "word":
+        position, kind, value = match.end(), match.lastgroup, match[match.lastgroup]
+        if kind == "word":
             tokens += split_word(value, tokens[-1] if tokens else Token("op", ""))
-        elif kind == "environment":
-            tokens.append(Token("op", value.replace("*", "")))
+        elif kind == "text":
+            tokens.append(Token("number", DIGITS[value]) if value in DIGITS else Token("text", value))
+        elif kind == "command" and value.startswith(("quad", "qquad")):  # "\quadx" in real answers
+            position -= len(value) - (5 if value[1] == "q" else 4)
+        elif kind in ("command", "op"):
+            value = COMMANDS.get(value, value) if kind == "command" or len(value) == 2 else value
+            kind = "op" if kind == "op" or value in OPERATORS else "name" if value in KNOWN else "command"
+            tokens += [Token(kind, value)] if value else []
         elif kind != "space":
-            if kind == "command" and value.startswith(("quad", "qquad")):  # "\quadx" in real answers
-                position -= len(value) - (5 if value[1] == "q" else 4)
-                continue
-            value = COMMANDS.get(value, value) if kind == "command" or len(value) > 1 else value
-            if value in OPERATORS or kind == "op":
-                tokens.append(Token("op", value))
-            elif value:
-                tokens.append(Token("name" if value in KNOWN else "command", value))
+            kind = {"greek": "name", "environment": "op"}.get(kind, "number")
+            tokens.append(Token(kind, GREEK.get(value, value)))
     return tokens
 
 
 def split_word(word: str, before: Token) -> list[Token]:
     """A run of letters: a known name, a unit after a number, "sinx", a product of up to three letters, or a word."""
     lower = word.lower()
-    if word in KNOWN:
+    if (len(word) == 1 and not (word == "U" and before.text in (")", "]", "set}"))) or word in KNOWN:
         return [Token("name", word)]
-    if (word == "in" and before.text != "1" and before.kind != "number") or (word == "U" and before.text in (")", "]", "set}")):
-        return [Token("op", "in" if word == "in" else "cup")]
-    if len(word) == 1:
-        return [Token("name", word)]
-    if lower in DIGIT_WORDS or lower in ("and", "or"):
-        return [Token("number", DIGIT_WORDS[lower])] if lower in DIGIT_WORDS else [Token("text", lower)]
-    if ((before.kind in ("number", "text") or before.text in (")", "}", "/")) and unit_name(word)) or lower in WORDS:
+    if word in ("U", "in") and before.kind != "number":
+        return [Token("op", "cup" if word == "U" else "in")]
+    if lower in DIGITS:
+        return [Token("number", DIGITS[lower])]
+    after_number = before.kind in ("number", "text") or before.text in (")", "}", "/")
+    if lower in ("and", "or"):
+        return [Token("text", lower)]
+    glued = GLUED.match(word)
+    if (after_number and unit_name(word)) or lower in SHORT_WORDS or (len(word) > 3 and not glued):
         return [Token("text", "inch" if word == "in" else word)]
-    for cut in range(len(word) - 1, 1, -1):  # sinx, lnx, pir
-        if word[:cut] in KNOWN and len(word) - cut <= 2:
-            return [Token("name", word[:cut]), *split_word(word[cut:], Token("op", ""))]
-    return [Token("name", letter) for letter in word] if len(word) <= 3 else [Token("text", word)]
+    return [Token("name", part) for part in ([glued[1], *glued[2]] if glued else word)]
 
 
 def unit_name(word: str) -> str | None:
@@ -398,16 +382,12 @@ def unit_name(word: str) -> str | None:
     return UNITS.get(lower) or UNITS.get(lower.removesuffix("s")) or UNITS.get(lower.removesuffix("es"))
 
 
-# ------------------------------------------------------------------------- values, and the arithmetic that builds them
+# -- values, and the arithmetic that builds them -----------------------------------------------------------------------
 class Leaf(NamedTuple):
     expr: sympy.Expr  # an inert tree
     approximate: bool = False  # holds a decimal that is no integer
     unit: str = ""  # a known unit, "%" for a percentage
-    plain: bool = True  # nothing left to calculate, see is_value
-
-
-class Word(NamedTuple):
-    text: str
+    plain: bool = True  # nothing left to calculate, see is_equivalent
 
 
 class Seq(NamedTuple):
@@ -425,12 +405,6 @@ def bits(value: Rational) -> int:
     return value.p.bit_length() + value.q.bit_length()
 
 
-def bounded(value: Rational) -> Rational:
-    if bits(value) > MAX_BITS:
-        raise Unparsed("number too large")
-    return value
-
-
 def number(text: str) -> Rational:
     r"""1.50 -> 3/2, .5e3 -> 500, 0.1\overline{6} -> 1/6, 1\frac45 -> 9/5."""
     if mixed := re.fullmatch(r"(\d+)(?:\s+|\s?\\\w*?frac\D*)(\d+?)\D*?(\d+)\}?", text):
@@ -443,20 +417,19 @@ def number(text: str) -> Rational:
     shift = int(exponent or 0) - len(decimals) if len(exponent) < 6 else MAX_BITS
     if abs(shift) > MAX_BITS // 4:
         raise Unparsed("exponent too large")
-    value, scale = Integer(int(whole + decimals or 0)), Integer(10) ** abs(shift)
-    value = value * scale if shift > 0 else value / scale
-    if period:
-        digits = re.sub(r"\D", "", period)
-        value += Rational(int(digits), (10 ** len(digits) - 1) * scale)
-    return value
+    value = int(whole + decimals or 0) * Integer(10) ** shift
+    digits = re.sub(r"\D", "", period)
+    return value + Rational(int(digits), 10 ** len(digits) - 1) * Integer(10) ** shift if digits else value
 
 
-def fold(kind, neutral: int, combine, items: list):
+def fold(kind, neutral: int, items):
     """An inert sum or product whose rational part is computed."""
     rational, rest = Integer(neutral), []
     for item in items:
         if item.is_Rational:
-            rational = bounded(combine(rational, item))
+            rational = rational + item if kind is Add else rational * item
+            if bits(rational) > MAX_BITS:
+                raise Unparsed("number too large")
         else:
             rest.append(item)
     if not rest or (kind is Mul and rational == 0):
@@ -468,27 +441,30 @@ def fold(kind, neutral: int, combine, items: list):
 
 
 def add(*items):
-    return fold(Add, 0, lambda a, b: a + b, items)
+    return fold(Add, 0, items)
 
 
 def multiply(*items):
-    return fold(Mul, 1, lambda a, b: a * b, items)
+    return fold(Mul, 1, items)
+
+
+def negative(value):
+    return multiply(Integer(-1), value)
 
 
 def power(base, exponent):
     """Folded only where it is exact and small: 2^-3 -> 1/8, (4/9)^(3/2) -> 8/27; 2^(1/2) stays."""
-    if not (base.is_Rational and exponent.is_Rational):
-        return Pow(base, exponent, evaluate=False)
-    if base == 0 and exponent <= 0:
-        raise Unparsed("0 to a power that is not positive")
-    if abs(base) not in (0, 1) and bits(base) * abs(exponent) > MAX_BITS:
-        raise Unparsed("power too large")
-    if exponent.q == 1:
-        return base**exponent
-    if base >= 0 and exponent.q <= 100:
-        (top, exact), (bottom, also) = (sympy.integer_nthroot(part, exponent.q) for part in (base.p, base.q))
-        if exact and also:
-            return Rational(top, bottom) ** exponent.p
+    if base.is_Rational and exponent.is_Rational:
+        if base == 0 and exponent <= 0:
+            raise Unparsed("0 to a power that is not positive")
+        if abs(base) not in (0, 1) and bits(base) * abs(exponent) > MAX_BITS:
+            raise Unparsed("power too large")
+        if exponent.q == 1:
+            return base**exponent
+        if base >= 0 and exponent.q <= 100:
+            (top, exact), (bottom, also) = (sympy.integer_nthroot(part, exponent.q) for part in (base.p, base.q))
+            if exact and also:
+                return Rational(top, bottom) ** exponent.p
     return Pow(base, exponent, evaluate=False)
 
 
@@ -500,40 +476,28 @@ def divide(numerator, denominator):
 
 def root(value, index):
     r"""The real root of a negative number where the index is odd: \sqrt[3]{-8} -> -2."""
-    negative = value.is_Rational and value < 0 and index.is_Integer and index.p % 2
-    result = power(-value if negative else value, divide(Integer(1), index))
-    return multiply(Integer(-1), result) if negative else result
+    flip = value.is_Rational and value < 0 and index.is_Integer and index.p % 2
+    result = power(-value if flip else value, divide(Integer(1), index))
+    return negative(result) if flip else result
 
 
 def apply(name: str, values: list, exponent=None, base=None):
     """A named function of its arguments; exponent is that of sin^2 x, base that of log_2 x."""
-    value, rational = values[0], all(value.is_Rational for value in values)
-    integers = [int(value) for value in values if value.is_Integer]
     if exponent == -1 and f"arc{name}" in FUNCTIONS:
         name, exponent = f"arc{name}", None
-    base, name = Integer(10) if name == "lg" else base, SYMPY_NAMES.get(name, name)
-    if name in ("max", "min") and rational:
-        result = {"max": max, "min": min}[name](values)
-    elif name in ("gcd", "lcm") and len(integers) == len(values):
-        result = Integer(getattr(math, name)(*integers))
-    elif name == "factorial" and integers and 0 <= value <= 3_000:
-        result = Integer(math.factorial(integers[0]))
-    elif name == "binomial" and len(integers) == 2 and 0 <= integers[1] <= integers[0]:
-        if min(integers[1], integers[0] - integers[1]) * bits(value) > MAX_BITS:
-            raise Unparsed("binomial too large")
-        result = bounded(Integer(math.comb(*integers)))
-    elif name in ("max", "min", "gcd", "lcm") or (rational and name in ("factorial", "binomial")) or (
-        len(values) != (2 if name == "binomial" or (name == "log" and len(values) == 2) else 1)):  # fmt: skip
-        raise Unparsed(f"{name} of these values")
-    elif name in ("sqrt", "cbrt"):
-        result = root(value, Integer(2 if name == "sqrt" else 3))
-    elif name == "exp":
-        result = power(sympy.E, value)
+    name, rational = SYMPY_NAMES.get(name, name), all(value.is_Rational for value in values)
+    if len(values) != 1 + (name == "binomial"):
+        raise Unparsed(f"{name} of {len(values)} values")
+    if name in ("factorial", "binomial") and rational:
+        n, *k = values
+        if not all(value.is_Integer for value in values) or not 0 <= [*k, n][0] <= n <= (20_000 if k else 3_000):
+            raise Unparsed(f"{name} out of range")
+        result = Integer(math.comb(int(n), int(k[0])) if k else math.factorial(int(n)))
+    elif name in ("sqrt", "exp"):
+        result = root(values[0], Integer(2)) if name == "sqrt" else power(sympy.E, values[0])
     else:
-        result = getattr(sympy, name)(value, *values[1:] if name == "binomial" else (), evaluate=rational and name in
-                                      ("Abs", "floor", "ceiling"))  # fmt: skip
-    if name == "log" and (base := values[1] if len(values) == 2 else base):
-        result = divide(result, sympy.log(base, evaluate=False))
+        result = getattr(sympy, name)(*values, evaluate=rational and name in ("Abs", "floor", "ceiling"))
+    result = divide(result, sympy.log(base, evaluate=False)) if base is not None else result
     return result if exponent is None else power(result, exponent)
 
 
@@ -545,15 +509,27 @@ def tree(value):
     return value
 
 
+def times(left, right):
+    """A product; a number times a matrix is a matrix."""
+    if is_kind(left, "matrix") or is_kind(right, "matrix"):
+        matrix, scale = (left, tree(right)) if is_kind(left, "matrix") else (right, tree(left))
+        return Seq("matrix", tuple(tuple(Leaf(multiply(scale, cell.expr)) for cell in row) for row in matrix.items))
+    return multiply(tree(left), tree(right))
+
+
 def is_kind(value, *kinds: str) -> bool:
     return isinstance(value, Seq) and value.kind in kinds
 
 
-# -------------------- the parser, one method a level: items > relation > union > leaf > sum > term > factor > atom
-AFTER_A_FACTOR = {"rfloor", "rceil", "pm", "mp"}
+def is_rational(value) -> bool:
+    return getattr(value.expr if isinstance(value, Leaf) else value, "is_Rational", False)
+
+
+# -- the parser, one method a level: items > relation > union > leaf > sum > term > factor > atom ----------------------
 RELATIONS = {"=", "~", "<", "<=", ">", ">=", "!=", "in"}
 SEPARATORS = RELATIONS | {",", ";", "and", "or"}
 OPENING, CLOSING = {"(", "[", "{", "set{"}, {")", "]", "}", "set}"}
+UNIT_SIGNS = {"^", "/", "*", "2", "3", "{", "}"}
 BRACKETS = {"(": ")]", "[": ")]", "{": "}", "set{": ("set}",)}
 ARGUMENT = r"\([A-Za-z0-9_,]{1,40}\)"
 NAME = re.compile(rf"[A-Za-z]+(?:_[A-Za-z0-9]+)?'*(?:\^-1)?(?:{ARGUMENT})?|{ARGUMENT}")
@@ -587,8 +563,9 @@ class Parser:
         return found
 
     def expect(self, *texts: str) -> None:
-        if not self.accept(*texts):
-            raise Unparsed(f"{texts[0]} expected, not {self.coming or 'the end'}")
+        for text in texts:
+            if not self.accept(text):
+                raise Unparsed(f"{text} expected, not {self.coming or 'the end'}")
 
     def descend(self, level):
         """One level of the grammar, within the bounds on depth and steps."""
@@ -608,29 +585,25 @@ class Parser:
     def items(self) -> list:
         """Values separated by commas, semicolons, "and" or "or"; one with ± is two."""
         values, saved = [], (self.sign, self.two_signs)
-        while True:
-            start = self.at
-            self.sign, self.two_signs = 1, False
+        while not values or self.accept(",", ";", "and", "or"):
+            while values and self.accept("and", "or"):
+                pass
+            start, self.sign, self.two_signs = self.at, 1, False
             values.append(self.descend(self.relation))
             if self.two_signs:
                 self.at, self.sign = start, -1
                 values.append(self.descend(self.relation))
-            if not self.accept(",", ";", "and", "or"):
-                self.sign, self.two_signs = saved
-                return values
-            while self.accept("and", "or"):
-                pass
+        self.sign, self.two_signs = saved
+        return values
 
     def relation(self):
         sides, names, ops = [], [], []
-        while True:
+        while not sides or (self.kind == "op" and self.coming in RELATIONS):
+            ops += [self.next().text] if sides else []
             name, words = self.name_ahead()
             sides.append(None if words else self.union())
             names.append(name)
             self.at += words
-            if self.kind != "op" or self.coming not in RELATIONS:
-                break
-            ops.append(self.next().text)
         if "~" in ops:  # 1/3 ≈ 0.33 is 1/3, but x ≈ 11 is x = 11
             cut = next((place for place, op in enumerate(ops) if op == "~" and not names[place]), len(ops))
             sides, names, ops = sides[: cut + 1], names[: cut + 1], ["=" if op == "~" else op for op in ops[:cut]]
@@ -644,7 +617,7 @@ class Parser:
             end += 1
         side = self.tokens[self.at : end]
         spelling = "".join(part.text for part in side if part.text not in "{}")
-        if not side or end - self.at > 40 or any(part.text in FUNCTIONS or part.text in CONSTANTS for part in side):
+        if len(side) > 40 or any(part.text in FUNCTIONS or part.text in CONSTANTS for part in side):
             return "", 0
         if any(part.kind == "text" or (part.kind == "command" and part.text not in STRUCTURE) for part in side):
             words = token.text in ("=", "~") and all(part.kind != "number" for part in side)
@@ -652,42 +625,42 @@ class Parser:
         return (spelling, 0) if NAME.fullmatch(spelling) else ("", 0)
 
     def union(self):
-        value = self.leaf()
+        pieces = [self.leaf()]
         if self.accept("setminus"):
             points = self.leaf()
-            if value != REAL_LINE or not is_kind(points, "set") or not all(map(is_rational, points.items)):
+            if pieces != [REAL_LINE] or not is_kind(points, "set") or not all(map(is_rational, points.items)):
                 raise Unparsed("a difference of sets")
             return intervals_between(points.items)
-        pieces = [value]
         while self.accept("cup"):
             pieces.append(self.leaf())
-        return Seq("union", tuple(pieces)) if len(pieces) > 1 else value
+        return Seq("union", tuple(pieces)) if len(pieces) > 1 else pieces[0]
 
     def leaf(self):
-        """A sum with its unit or percent sign; or a bracketed value; or words."""
+        """A sum with its unit or percent sign; or a bracketed value; or words (a str)."""
         outer = self.approximate, self.unit, self.operations
         self.approximate, self.unit, self.operations = False, "dollar" if self.accept("dollar") else "", 0
         if self.kind == "text" and not self.unit:
             words = []
             while self.kind in ("text", "name") and self.coming not in SEPARATORS:
                 words.append(self.next().text.casefold())
-            value = Word(" ".join(words))
+            value = " ".join(words)
         else:
             value = self.descend(self.sum)
             if isinstance(value, sympy.Expr):
                 self.unit_tail(bool(value.free_symbols))
                 value = Leaf(value, self.approximate, self.unit, self.operations < 2)
-        self.approximate, self.unit, self.operations = outer[0] or self.approximate, outer[1], outer[2] + self.operations
+        self.approximate, self.unit = outer[0] or self.approximate, outer[1]
+        self.operations += outer[2]
         return value
 
     def unit_tail(self, symbolic: bool) -> None:
-        r"""What follows a number: 5 cm, 64 square feet, 3 \text{m/s}^2, 42 apples, 33 pct. Unknown words are dropped."""
+        r"""What follows a number: 5 cm, 64 square feet, 3 \text{m/s}^2, 42 apples, 33 pct; others are dropped."""
         words = []
-        while self.kind == "text" or (words and (self.kind == "name" or self.coming in ("^", "/", "*", "2", "3", "{", "}"))):
+        while self.kind == "text" or (words and (self.kind == "name" or self.coming in UNIT_SIGNS)):
             if self.coming in SEPARATORS or (self.coming == "}" and "{" not in words):
                 break
             words.append(self.next().text)
-        units = [word if word in "^/*23{}" else unit_name(word) for word in words]
+        units = [word if word in UNIT_SIGNS else unit_name(word) for word in words]
         if symbolic and None in units:
             raise Unparsed("words after a formula")
         if words and None not in units:
@@ -698,9 +671,8 @@ class Parser:
         terms = []
         while not terms or self.coming in ("+", "-", "pm", "mp"):
             self.operations += 2 * bool(terms)
-            sign = self.signs()
-            term = self.term()
-            terms.append(term if sign > 0 else self.product(Integer(-1), term))
+            sign, term = self.signs(), self.term()
+            terms.append(term if sign > 0 else times(Integer(-1), term))
         return terms[0] if len(terms) == 1 else add(*map(tree, terms))
 
     def signs(self) -> int:
@@ -711,36 +683,30 @@ class Parser:
             sign *= {"+": 1, "-": -1, "pm": self.sign, "mp": -self.sign}[token]
         return sign
 
-    def product(self, left, right):
-        if is_kind(left, "matrix") or is_kind(right, "matrix"):
-            matrix, scale = (left, tree(right)) if is_kind(left, "matrix") else (right, tree(left))
-            return Seq("matrix", tuple(tuple(Leaf(multiply(scale, tree(cell))) for cell in row) for row in matrix.items))
-        return multiply(tree(left), tree(right))
-
     def term(self):
         value = self.descend(self.factor)
         while True:
             op = self.coming if self.kind == "op" and self.coming in ("*", "/", ":" if not self.bars else "/") else ""
-            if op:
-                self.at += 1
-            elif not self.starts_factor():
+            if not op and not self.starts_factor():
                 return value
-            elif self.kind == "number" and self.tokens[self.at - 1].kind == "number":
+            if not op and self.kind == self.tokens[self.at - 1].kind == "number":
                 raise Unparsed("two numbers side by side")
+            self.at += bool(op)
             scientific = op == "*" and self.coming == "10" and self.tokens[self.at + 1].text == "^"
-            sign = self.signs() if op else 1
-            right = self.product(Integer(sign), self.descend(self.factor)) if sign < 0 else self.descend(self.factor)
+            sign, right = self.signs() if op else 1, self.descend(self.factor)
+            right = times(Integer(-1), right) if sign < 0 else right
             if op in ("/", ":"):
                 self.operations += 1
                 value = divide(tree(value), tree(right))
             else:  # a product of numbers is something left to calculate; 3 × 10^5 and 2π are not
                 self.operations += 2 * (is_rational(value) and is_rational(right) and not scientific)
-                value = self.product(value, right)
+                value = times(value, right)
 
     def starts_factor(self) -> bool:
-        token = self.tokens[self.at]
-        return (token.kind in ("number", "name") or (token.kind == "command" and token.text in STRUCTURE - AFTER_A_FACTOR)
-                or token.text in ("(", "[", "{") or token.text[:6] == "begin{" or (token.text == "|" and not self.bars))  # fmt: skip
+        kind, text = self.tokens[self.at]
+        if kind == "command":
+            return text in STRUCTURE and text not in ("rfloor", "rceil", "pm", "mp")
+        return kind in ("number", "name") or text in ("(", "[", "{", "|"[self.bars :]) or text.startswith("begin{")
 
     def factor(self):
         value = self.descend(self.atom)
@@ -763,10 +729,10 @@ class Parser:
         sign, value = self.signs(), tree(self.descend(self.atom))
         if self.accept("^"):
             value = power(value, self.descend(self.exponent))
-        return value if sign > 0 else multiply(Integer(-1), value)
+        return value if sign > 0 else negative(value)
 
     def atom(self):
-        kind, text = token = self.next()
+        kind, text = self.next()
         if kind == "number":
             value = number(text)
             self.approximate |= "." in text and "\\" not in text and not value.is_Integer
@@ -778,7 +744,9 @@ class Parser:
                 value = Integer(int(text, int(base)))
             return value
         if kind == "name":
-            return self.bound[text] if text in self.bound else self.function(text) if text in FUNCTIONS else self.symbol(text)
+            if text in self.bound:
+                return self.bound[text]
+            return self.function(text) if text in FUNCTIONS else self.symbol(text)
         if text in OPENING:
             return self.group(text)
         if text == "|":
@@ -789,11 +757,11 @@ class Parser:
             return value
         if text == "ℝ":
             return REAL_LINE
-        if kind == "op" and text.startswith("begin"):
+        if text.startswith("begin{"):
             return self.matrix(text)
         if kind == "command" and text in STRUCTURE:
             return self.structure(text)
-        raise Unparsed(f"{text or 'the end'} is not a value" if token.kind != "command" else f"\\{text} is not known")
+        raise Unparsed(f"{text or 'the end'} is not a value")
 
     def symbol(self, name: str):
         """A constant, a variable with its subscript and primes, or an undefined function f, g, h of arguments."""
@@ -808,7 +776,8 @@ class Parser:
             name += "_" + "".join(token.text for token in part if token.text not in "{}")
         while self.accept("'"):
             name += "'"
-        if name[0] in "fghFGH" and (self.coming == "(" or (self.coming == "^" and self.tokens[self.at + 2].text == "(")):
+        raised = self.coming == "^" and self.tokens[self.at + 2].text == "("  # f^2(x)
+        if name[0] in "fghFGH" and (self.coming == "(" or raised):
             exponent = self.descend(self.exponent) if self.accept("^") else Integer(1)
             return power(sympy.Function(name)(*self.arguments()), exponent)
         return Symbol(name)
@@ -818,34 +787,34 @@ class Parser:
         return [tree(item) for item in (value.items if isinstance(value, Seq) else [value])]
 
     def function(self, name: str):
-        exponent = base = index = None
+        exponent, base, index = None, Integer(10) if name == "lg" else None, None
         if name == "sqrt" and self.accept("["):
             index = tree(self.group("["))
         for _ in range(2):
             if name == "log" and self.accept("_"):
-                base = self.first_digit() if self.kind == "number" and self.coming != "10" else tree(self.descend(self.atom))
+                base = self.digit_or_atom() if self.coming != "10" else number(self.next().text)
             elif name != "sqrt" and self.accept("^"):
                 exponent = self.descend(self.exponent)
         self.in_function += 1
         if self.coming in ("(", "{"):
             values = self.arguments()
-        elif name in ("sqrt", "cbrt"):
+        elif name == "sqrt":
             values = [tree(self.descend(self.atom))]
         else:  # sin 2x cos x is sin(2x) cos(x)
             sign, value = self.signs(), tree(self.descend(self.factor))
             while self.starts_factor() and self.coming not in FUNCTIONS | {"(", "["}:
                 value = multiply(value, tree(self.descend(self.factor)))
-            values = [value if sign > 0 else multiply(Integer(-1), value)]
+            values = [value if sign > 0 else negative(value)]
         self.in_function -= 1
         return apply(name, values, exponent, base) if index is None else root(values[0], index)
 
-    def first_digit(self):
-        r"""\frac12 is 1/2: the rest of the number becomes a token of its own."""
-        text = self.next().text
-        if len(text) > 1 and text.isdigit():
-            self.tokens[self.at - 1 : self.at] = [Token("number", text[0]), Token("number", text[1:])]
-            text = text[0]
-        return number(text)
+    def digit_or_atom(self):
+        r"""\frac12 is 1/2: of a number only the first digit; the rest becomes a token of its own."""
+        if self.kind == "number" and self.coming.isdigit():
+            text = self.next().text
+            self.tokens[self.at - 1 : self.at] = [Token("number", part) for part in (text[0], text[1:]) if part]
+            return number(text[0])
+        return tree(self.descend(self.atom))
 
     def group(self, opening: str):
         """What stands in brackets: one value, or several."""
@@ -856,10 +825,9 @@ class Parser:
         closing, self.bars = self.next().text, outer
         if closing not in BRACKETS[opening]:
             raise Unparsed(f"{BRACKETS[opening][0]} expected")
-        if opening == "set{" and items and all(isinstance(item, Relation) for item in items):
-            return Seq("list", tuple(items))
         if opening == "set{" or (opening == "{" and len(items) > 1):
-            return Seq("set", tuple(items))
+            relations = items and all(isinstance(item, Relation) for item in items)
+            return Seq("list" if relations else "set", tuple(items))
         if len(items) > 1:
             return Seq(opening + closing, tuple(items))
         if not isinstance(items[0], Leaf):
@@ -868,23 +836,22 @@ class Parser:
         return divide(items[0].expr, Integer(100)) if items[0].unit == "%" else items[0].expr
 
     def matrix(self, begin: str) -> Seq:
-        if not begin.endswith(("{matrix}", "pmatrix}", "bmatrix}", "smallmatrix}", "array}")):
-            raise Unparsed(f"\\{begin} is not known")
         rows: list[list] = [[]]
-        while not self.coming.startswith("end{"):
+        while begin.endswith(("{matrix}", "pmatrix}", "bmatrix}", "array}")) and not self.coming.startswith("end{"):
             rows[-1].append(self.union())
             if self.accept("row"):
                 rows += [] if self.coming.startswith("end{") else [[]]
             elif not self.accept("&") and not self.coming.startswith("end{"):
                 raise Unparsed("a matrix is not closed")
         self.at += 1
-        if len({len(row) for row in rows}) != 1 or not all(isinstance(cell, Leaf) for row in rows for cell in row):
+        even = rows[0] and len({*map(len, rows)}) == 1
+        if not even or not all(isinstance(cell, Leaf) for row in rows for cell in row):
             raise Unparsed("not a matrix")
         return Seq("matrix", tuple(map(tuple, rows)))
 
     def structure(self, name: str):
         if name in ("frac", "binom"):
-            top, bottom = (self.first_digit() if self.kind == "number" else tree(self.descend(self.atom)) for _ in range(2))
+            top, bottom = self.digit_or_atom(), self.digit_or_atom()
             self.operations += name == "frac"
             return divide(top, bottom) if name == "frac" else apply("binomial", [top, bottom])
         if name in ("lfloor", "lceil"):
@@ -895,12 +862,11 @@ class Parser:
             return Seq("set", ())
         if name not in ("sum", "prod"):
             raise Unparsed(f"\\{name} is not expected")
-        r"""\sum_{k=a}^{b} term with integers a and b: the term is read once for each k."""
-        self.expect("_"), self.expect("{")
+        self.expect("_", "{")  # \sum_{k=a}^{b} term with integers a and b: the term is read once for each k
         variable = self.next().text
         self.expect("=")
         low = tree(self.descend(self.sum))
-        self.expect("}"), self.expect("^")
+        self.expect("}", "^")
         high = tree(self.descend(self.atom))
         if not (low.is_Integer and high.is_Integer and 0 <= high - low < MAX_STEPS):
             raise Unparsed("not a simple sum")
@@ -912,18 +878,14 @@ class Parser:
         return add(*values) if name == "sum" else multiply(*values)
 
 
-def is_rational(value) -> bool:
-    return getattr(value.expr if isinstance(value, Leaf) else value, "is_Rational", False)
-
-
 def intervals_between(points) -> Seq:
     ends = [Leaf(-sympy.oo), *sorted(points, key=lambda leaf: leaf.expr), Leaf(sympy.oo)]
-    return Seq("union", tuple(Seq("()", pair) for pair in zip(ends, ends[1:])))
+    return Seq("union", tuple(Seq("()", pair) for pair in pairwise(ends)))
 
 
 class Parsed(NamedTuple):
     text: str  # normalised spelling, for comparison as text
-    value: object  # Leaf, Seq, Relation, Word; None where the answer is not in the grammar
+    value: object  # Leaf, Seq, Relation, str (words); None where the answer is not in the grammar
     why: str = ""
 
 
@@ -942,17 +904,13 @@ def parse(text: str, thousands: bool = True) -> Parsed:
         return Parsed(spelling, None, str(error))
 
 
-# ------------------------------------------------------------------ the values of inert trees at fixed points
-class Undefined(ArithmeticError):
-    """No value at this point: a pole, or beyond the limits."""
-
-
+# -- the values of inert trees at fixed points -------------------------------------------------------------------------
 NUMBERS, LOCK = MPContext(), threading.RLock()  # our own mpmath context; its precision is set under the lock
 EVALUATORS = {
-    **{getattr(sympy, name): name for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "asin", "acos", "atan", "floor"]},
+    **{getattr(sympy, name): name for name in str.split("sin cos tan cot sec csc sinh cosh tanh asin acos atan floor")},
     sympy.log: "ln", sympy.Abs: "fabs", sympy.ceiling: "ceil", sympy.factorial: "factorial", sympy.binomial: "binomial",
 }  # fmt: skip
-REAL_ONLY = (sympy.Abs, sympy.floor, sympy.ceiling)
+REAL_ONLY, GAMMAS = {sympy.Abs, sympy.floor, sympy.ceiling}, {sympy.factorial, sympy.binomial}
 PRECISIONS = (192, 768, 3_072, 12_288)  # bits
 
 
@@ -965,8 +923,8 @@ def point(name: str, k: int, real: bool):
 
 
 def evaluate(expr, k: int, real: bool):
-    """The value at the k-th point. An undefined f(x) gets an arbitrary analytic function: an identity for every f holds
-    for it, and what is none almost surely fails."""
+    """The value at the k-th point; ArithmeticError where there is none, or out of bounds. An undefined f(x) gets an
+    arbitrary analytic function: an identity for every f holds for it, and what is none almost surely fails."""
     if expr.is_Rational:
         return NUMBERS.mpf(expr.p) / expr.q
     if expr.is_Symbol:
@@ -975,10 +933,8 @@ def evaluate(expr, k: int, real: bool):
         return {sympy.pi: NUMBERS.pi, sympy.E: NUMBERS.e, sympy.I: NUMBERS.j}[expr] * NUMBERS.one
     kind, values = expr.func, [evaluate(argument, k, real) for argument in expr.args]
     sizes = [NUMBERS.mag(value) for value in values]
-    if kind is Add:
-        result = sum(values)
-    elif kind is Mul:
-        result = math.prod(values)
+    if kind in (Add, Mul):
+        result = sum(values) if kind is Add else math.prod(values)
     elif kind is Pow:
         base, exponent = values
         if base == 0:
@@ -989,35 +945,34 @@ def evaluate(expr, k: int, real: bool):
             logarithm = exponent * NUMBERS.ln(base)
             result = NUMBERS.exp(logarithm) if NUMBERS.mag(logarithm) <= 16 else NUMBERS.inf
     elif kind in EVALUATORS:
-        limit = 12 if kind in (sympy.factorial, sympy.binomial) else 16 if any(value.imag for value in values) else 1_000
-        if max(sizes) > limit:
-            raise Undefined("argument too large")
+        if max(sizes) > (12 if kind in GAMMAS else 16 if any(value.imag for value in values) else 1_000):
+            raise ArithmeticError("argument too large")
         if kind in (sympy.floor, sympy.ceiling) and abs(values[0] - NUMBERS.nint(values[0])) < 2.0**-90:
             values = [NUMBERS.nint(values[0])]  # an integer but for rounding
         result = getattr(NUMBERS, EVALUATORS[kind])(*values)
     else:
         result = NUMBERS.sin(sum(value * point(f"{kind} {place}", 0, False) for place, value in enumerate(values)))
     if not NUMBERS.mag(result) <= MAX_MAGNITUDE:
-        raise Undefined("too large, or not a number")
+        raise ArithmeticError("too large, or not a number")
     return result
 
 
 @lru_cache(maxsize=4096)
 def survey(expr) -> tuple[int, int, int, bool, bool]:
-    """(bits of the largest rational, nodes, costly nodes, has variables, needs real points)."""
+    """(bits of the largest rational, nodes, cost of its functions, has variables, needs real points)."""
     nodes = list(sympy.preorder_traversal(expr))
-    functions = [node.func for node in nodes if node.args and node.func not in (Add, Mul)]
-    return (max((bits(node) for node in nodes if node.is_Rational), default=0), len(nodes),
-            sum(30 if kind in (sympy.factorial, sympy.binomial) else 1 for kind in functions),
-            any(node.is_Symbol for node in nodes) or any(kind not in EVALUATORS and kind is not Pow for kind in functions),
-            any(kind in REAL_ONLY for kind in functions))  # fmt: skip
+    kinds = [node.func for node in nodes if node.args and node.func not in (Add, Mul)]
+    variable = any(node.is_Symbol for node in nodes) or not {*EVALUATORS, Pow}.issuperset(kinds)
+    largest = max((bits(node) for node in nodes if node.is_Rational), default=0)
+    cost = sum(30 if kind in GAMMAS else 1 for kind in kinds)
+    return largest, len(nodes), cost, variable, not REAL_ONLY.isdisjoint(kinds)
 
 
 @lru_cache(maxsize=16384)
 def value_at(expr, k: int, real: bool, precision: int):
     """evaluate, remembered; None where there is no value, or where it would take too much work."""
-    _, nodes, costly, *_ = survey(expr)
-    if nodes * precision // 64 + costly * (precision // 64) ** 2 > MAX_WORK:
+    _, nodes, functions, *_ = survey(expr)
+    if nodes * precision // 64 + functions * (precision // 64) ** 2 > MAX_WORK:
         return None
     NUMBERS.prec = precision
     try:
@@ -1026,37 +981,32 @@ def value_at(expr, k: int, real: bool, precision: int):
         return None
 
 
-def close(x, y, tolerance: float | int) -> bool:
-    """Relative to the larger one: tolerance, or 2^-tolerance if it is an integer."""
-    limit = NUMBERS.ldexp(1, -tolerance) if isinstance(tolerance, int) else NUMBERS.mpf(tolerance)
-    return abs(x - y) <= limit * max(abs(x), abs(y))
-
-
 def equal_at(x, y, k: int, real: bool, precision: int, approximate: bool) -> bool | None:
     """Whether two trees agree at the k-th point; None where one has no value. Two sides that are both tiny may be zero
     seen through rounding (sin 1 ² + cos 1 ² - 1); then they shrink as the precision grows."""
-    for bits_now in (precision, 4 * precision):
-        left, right = value_at(x, k, real, bits_now), value_at(y, k, real, bits_now)
+    for now in (precision, 4 * precision):
+        left, right = value_at(x, k, real, now), value_at(y, k, real, now)
         if left is None or right is None:
             return None
-        NUMBERS.prec = bits_now
-        if close(left, right, 1e-6 if approximate and bits_now == precision else bits_now // 2):
+        NUMBERS.prec = now
+        tolerance = NUMBERS.mpf(1e-6) if approximate and now == precision else NUMBERS.ldexp(1, -now // 2)
+        if abs(left - right) <= tolerance * (scale := max(abs(left), abs(right))):
             return True
-        if NUMBERS.mag(max(abs(left), abs(right))) > -bits_now // 3:
+        if NUMBERS.mag(scale) > -now // 3:
             return False
     return True
 
 
 def sampling(*exprs) -> tuple[range, bool, int]:
     """(points, whether real, precision): one point for constants; more precision for larger numbers."""
-    surveys = [survey(expr) for expr in exprs]
-    largest, real = max(entry[0] for entry in surveys), any(entry[4] for entry in surveys)
+    largest, _, _, variable, real = map(max, zip(*map(survey, exprs)))
     precision = next((p for p in PRECISIONS if 2 * largest + 64 <= p), 4 * MAX_BITS)
-    return range((8 if real else 5) if any(entry[3] for entry in surveys) else 1), real, precision
+    return range((8 if real else 5) if variable else 1), real, precision
 
 
 def same_tree(x, y, approximate: bool = False) -> bool:
-    """Two inert trees: structure, exact numbers, values at fixed points, then (where there are none) a few rewrites."""
+    """Two inert trees: by structure, as exact numbers, by their values at fixed points. No rewriting: what sympy's
+    simplifications could show these points show too, in bounded time."""
     if x == y:
         return True
     if x.is_Rational and y.is_Rational:
@@ -1068,10 +1018,10 @@ def same_tree(x, y, approximate: bool = False) -> bool:
             if (verdict := equal_at(x, y, k, real, precision, approximate)) is False:
                 return False
             agreed += bool(verdict)
-        return 2 * agreed > len(ks)
+    return 2 * agreed > len(ks)
 
 
-# ----------------------------------------------------------------------------------------------- comparison of values
+# -- comparison of values ----------------------------------------------------------------------------------------------
 # kind                     equal when                                              not equal
 # numbers                  exactly; a decimal to a relative 1e-6                   0.33 and 1/3; 2.23 and 2.232
 # expressions              the same values at fixed points                         x and X; e^x and e^x + C
@@ -1090,11 +1040,16 @@ def same(left, right) -> bool:
     for one, other in ((left, right), (right, left)):
         if isinstance(one, Relation) and (value := meaning(one)) is not None:
             return same(value, other)
-        if (region := as_region(one)) is not None and ((isinstance(other, Seq) and other.kind != "list") or as_region(other)):
+        if (region := as_region(one)) is not None and (as_region(other) or is_kind(other, *REGIONS)):
             return same(region, as_region(other) or other)
     if isinstance(left, Leaf) and isinstance(right, Leaf):
         return same_leaf(left, right)
-    return (isinstance(left, Seq) and isinstance(right, Seq) and same_seq(left, right)) or (isinstance(left, Word) and left == right)
+    if isinstance(left, Seq) and isinstance(right, Seq):
+        return same_seq(left, right)
+    return isinstance(left, str) and left == right
+
+
+REGIONS = ("()", "[]", "(]", "[)", "union", "set")
 
 
 def single(value):
@@ -1115,11 +1070,9 @@ def same_leaf(left: Leaf, right: Leaf) -> bool:
     approximate, units = left.approximate or right.approximate, {left.unit, right.unit}
     if same_tree(left.expr, right.expr, approximate):
         return len(units - {"", "%", "deg"}) < 2
-    scale = {"%": Rational(1, 100), "deg": multiply(sympy.pi, Rational(1, 180))}
-    if len(units) == 1 or not units & scale.keys():
-        return False
+    scale = {"%": Rational(1, 100), "deg": divide(sympy.pi, Integer(180))}
     left, right = (multiply(leaf.expr, scale.get(leaf.unit, Integer(1))) for leaf in (left, right))
-    return same_tree(left, right, approximate)
+    return len(units) == 2 and bool(units & scale.keys()) and same_tree(left, right, approximate)
 
 
 def is_constant(value) -> bool:
@@ -1133,37 +1086,39 @@ def meaning(relation: Relation):
         return None
     if len(sides) == 2 and names[1] and not names[0] and is_constant(sides[0]):
         return sides[0]
-    return sides[-1] if names[0] or (is_constant(sides[-1]) and (is_constant(sides[0]) or len(sides) > 2)) else None
+    return sides[-1] if names[0] or (is_constant(sides[-1]) and (len(sides) > 2 or is_constant(sides[0]))) else None
 
 
 def same_relation(left: Relation, right: Relation) -> bool:
-    values, names = (meaning(left), meaning(right)), (left.names[0] or left.names[-1], right.names[0] or right.names[-1])
-    if None not in values and all(names):
-        loose = None in left.sides + right.sides or ("(" in names[0]) != ("(" in names[1])  # Area = 5; f(x) = 2x and y = 2x
+    values, names = [meaning(left), meaning(right)], [side.names[0] or side.names[-1] for side in (left, right)]
+    if None not in values and all(names):  # also Area = 5 and x = 5; f(x) = 2x and y = 2x
+        loose = None in left.sides + right.sides or ("(" in names[0]) != ("(" in names[1])
         if (names[0] == names[1] or loose) and same(*values):
             return True
-    elif None not in (regions := (as_region(left), as_region(right))):
+    elif None not in (regions := [as_region(left), as_region(right)]):
         return same(*regions)
-    one, other = steps(left), steps(right)
-    return bool(one) and len(one) == len(other) and any(
-        all(a[1] == b[1] and proportional(a[0], b[0], "<" in a[1]) for a, b in zip(one, order)) for order in (other, other[::-1]))
+    steps, others = steps_of(left), steps_of(right)
+    return 0 < len(steps) == len(others) and any(
+        all(a[1] == b[1] and proportional(a[0], b[0], "<" in a[1]) for a, b in zip(steps, order))
+        for order in (others, others[::-1]))  # fmt: skip
 
 
-def steps(relation: Relation) -> list:
+def steps_of(relation: Relation) -> list:
     """Each adjacent pair as (difference, sign): difference = 0, < 0, <= 0 or != 0."""
-    result = []
+    steps = []
     for left, op, right in zip(relation.sides, relation.ops, relation.sides[1:]):
         if not isinstance(left, Leaf) or not isinstance(right, Leaf) or op == "in":
             return []
         left, right = (left, right) if op[0] != ">" else (right, left)
-        result.append((add(left.expr, multiply(Integer(-1), right.expr)), op.replace(">", "<")))
-    return result
+        steps.append((add(left.expr, negative(right.expr)), op.replace(">", "<")))
+    return steps
 
 
 def proportional(x, y, positive: bool) -> bool:
     """x = c y with a constant c that is not 0 (positive, for inequalities); or both vanish everywhere."""
-    if (zero := same_tree(x, Integer(0))) or same_tree(y, Integer(0)):
-        return zero and same_tree(y, Integer(0))
+    zeros = [same_tree(expr, Integer(0)) for expr in (x, y)]
+    if any(zeros):
+        return all(zeros)
     with LOCK:
         _, real, precision = sampling(x, y)
         precision *= 4  # near a large constant the ratio of different sides hardly varies
@@ -1172,7 +1127,8 @@ def proportional(x, y, positive: bool) -> bool:
             return False
         NUMBERS.prec = precision
         ratios = [left / right for left, right in pairs]
-        return all(close(ratios[0], ratio, precision // 2) for ratio in ratios) and (not positive or ratios[0].real > 0)
+        limit = NUMBERS.ldexp(abs(ratios[0]), -precision // 2)
+        return all(abs(ratio - ratios[0]) <= limit for ratio in ratios) and (not positive or ratios[0].real > 0)
 
 
 def as_region(value):
@@ -1183,27 +1139,27 @@ def as_region(value):
         return None if None in regions or mere_values else Seq("union", sum(map(pieces, regions), ()))
     if not isinstance(value, Relation):
         return None
-    sides, ops, names = value.sides, value.ops, value.names
-    if ops == ("in",) and names[0]:
-        return sides[1]
-    if ops[0][0] == ">" or (len(ops) == 1 and names[1] and is_constant(sides[0])):  # read it from right to left
-        sides, names = sides[::-1], names[::-1]
-        ops = tuple(op.translate(str.maketrans("<>", "><")) for op in ops[::-1])
-    if len(ops) == 1 and ops[0][0] == "<" and names[1] and is_constant(sides[0]):
-        sides, ops, names = (*sides, Leaf(sympy.oo)), (*ops, "<"), (*names, "")
-    elif len(ops) == 1 and names[0] and is_constant(sides[1]):
-        if ops[0] in ("=", "!="):
-            return Seq("set", sides[1:]) if ops[0] == "=" else intervals_between(sides[1:]) if is_rational(sides[1]) else None
-        flipped = ops[0][0] == ">"
-        sides = (sides[1], sides[0], Leaf(sympy.oo)) if flipped else (Leaf(-sympy.oo), *sides)
-        ops, names = (ops[0].replace(">", "<"), "<") if flipped else ("<", *ops), ("", names[0], "")
-    if len(ops) != 2 or any(op[0] != "<" for op in ops) or not names[1] or not is_constant(sides[0]) & is_constant(sides[2]):
-        return None
-    return Seq(("[" if ops[0] == "<=" else "(") + ("]" if ops[1] == "<=" else ")"), (sides[0], sides[2]))
+    if value.ops == ("in",) and value.names[0]:
+        return value.sides[1]
+    if value.ops in (("=",), ("!=",)):
+        end = value.sides[bool(value.names[0])]
+        if not any(value.names) or not is_constant(end) or (value.ops == ("!=",) and not is_rational(end)):
+            return None
+        return Seq("set", (end,)) if value.ops == ("=",) else intervals_between((end,))
+    low, high, variables = (Leaf(-sympy.oo), "<"), (Leaf(sympy.oo), "<"), set()
+    for (left, op), (right, names) in zip(zip(value.sides, value.ops), zip(value.sides[1:], pairwise(value.names))):
+        if op[0] == ">":
+            left, right, names, op = right, left, names[::-1], op.replace(">", "<")
+        if op[0] != "<" or (not (is_constant(left) and names[1]) and not (is_constant(right) and names[0])):
+            return None
+        low, high = ((left, op), high) if is_constant(left) and names[1] else (low, (right, op))
+        variables.add(names[1] if low[0] is left else names[0])
+    brackets = ("[" if low[1] == "<=" else "(") + ("]" if high[1] == "<=" else ")")
+    return Seq(brackets, (low[0], high[0])) if len(variables) == 1 else None
 
 
-def pieces(region) -> tuple:
-    return region.items if is_kind(region, "union", "list") else (region,)
+def pieces(value) -> tuple:
+    return value.items if is_kind(value, "union", "list") else (value,)
 
 
 def as_rows(seq: Seq):
@@ -1217,12 +1173,13 @@ def as_rows(seq: Seq):
 def same_seq(left: Seq, right: Seq) -> bool:
     kinds = {left.kind, right.kind}
     if "matrix" in kinds:
-        rows = as_rows(left), as_rows(right)
-        return None not in rows and [*map(len, rows[0])] == [*map(len, rows[1])] and all(map(same, sum(rows[0], ()), sum(rows[1], ())))
-    if kinds <= {"set", "list", "union"}:  # in any order
-        one, rest = distinct(pieces(left) if "union" in kinds else left.items), distinct(pieces(right) if "union" in kinds else right.items)
-        return len(one) == len(rest) and all(any(same(item, other) for other in rest) for item in one)
-    if len(left.items) != len(right.items) or kinds & {"set", "union"}:
+        rows, others = as_rows(left), as_rows(right)
+        shapes = [[len(row) for row in matrix] if matrix else None for matrix in (rows, others)]
+        return shapes[0] is not None and shapes[0] == shapes[1] and all(map(same, sum(rows, ()), sum(others, ())))
+    if "union" in kinds or kinds <= {"set", "list"}:  # in any order
+        one, other = (distinct(pieces(seq) if "union" in kinds else seq.items) for seq in (left, right))
+        return len(one) == len(other) and all(any(same(item, match) for match in other) for item in one)
+    if len(left.items) != len(right.items) or "set" in kinds:
         return False
     if len(kinds) == 2 and "list" not in kinds and (len(left.items) == 2 or kinds != {"()", "[]"}):
         return False  # (0,1) and [0,1] are intervals
@@ -1233,7 +1190,7 @@ OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s?\S")
 
 
 def compare(answer: str, reference: str) -> bool:
-    """Two answers as they stand: as text, then by value; a letter also with the text of its option; 1,234 also as a list."""
+    """Two answers as they stand: as text, then by value; a letter with the text of its option; 1,234 also as a list."""
     left, right = parse(answer), parse(reference)
     if left.text == right.text or (None not in (left.value, right.value) and same(left.value, right.value)):
         return True
@@ -1256,8 +1213,8 @@ def leaf_of(answer: str) -> Leaf | None:
 
 def is_equivalent(answer: str, reference: str, require_value: bool = False) -> bool:
     """Whether two answers are equal by the table above: "3+2" is "5". With `require_value`, where the reference is a
-    rational number, an answer with something left to calculate is wrong: a sign, one fraction, mixed number, root, power
-    or 3 × 10^5 is a value, 3+2 is not (a policy would answer "3+2=" with the question)."""
+    rational number, an answer with something left to calculate is wrong: a sign, one fraction, mixed number, root,
+    power or 3 × 10^5 is a value, 3+2 is not (a policy would answer "3+2=" with the question)."""
     if not isinstance(answer, str) or not isinstance(reference, str):
         return False
     answer, reference = reference_answer(answer), reference_answer(reference)
@@ -1288,8 +1245,9 @@ def explain(response: str, reference: str, require_value: bool = False) -> Expla
     if is_equivalent(answer, reference, require_value):
         return Explanation(True, answer, rule, "right")
     parsed = parse(reference_answer(answer))
-    why = "wrong" if parsed.value is not None else f"unparsed answer: {parsed.why}"
-    return Explanation(False, answer, rule, "not a value" if require_value and is_equivalent(answer, reference) else why)
+    if require_value and is_equivalent(answer, reference):
+        return Explanation(False, answer, rule, "not a value")
+    return Explanation(False, answer, rule, "wrong" if parsed.value is not None else f"unparsed answer: {parsed.why}")
 
 
 def answer_classes(answers: list[str | None]) -> list[int]:
@@ -1306,7 +1264,7 @@ def answer_classes(answers: list[str | None]) -> list[int]:
     return [-1 if answer is None else numbers.setdefault(of[answer], len(numbers)) for answer in answers]
 
 
-# ------------------------------------------------------------------------------------------------ the pool of workers
+# -- the pool of workers -----------------------------------------------------------------------------------------------
 class Group(NamedTuple):
     verdicts: list[bool]
     classes: list[int]  # -1: no answer; all right ones share one class
@@ -1356,10 +1314,10 @@ class Worker:
 
 
 class Verifier:
-    """A pool that judges groups of responses: `with Verifier(4) as verifier: verifier.check([[response, …], …], [reference,
-    …])`. Order is kept, and no answer can hang, crash or exhaust the caller. Each of its threads owns one worker for life
-    (Linux ends a worker together with the thread that started it). `timeout` (seconds an answer may take, on the wall and
-    of CPU) and `memory_mb` are a last resort: the checker's own bounds stop work long before."""
+    """A pool that judges groups of responses in order: `with Verifier(4) as pool: pool.check([[response, …], …],
+    [reference, …])`. No answer can hang, crash or exhaust the caller. Each thread owns one worker for life (Linux ends
+    a worker with the thread that started it). `timeout` (seconds an answer may take, on the wall and of CPU) and
+    `memory_mb` are a last resort: the checker's own bounds stop work long before."""
 
     def __init__(self, workers: int = 2, timeout: float = 10.0, memory_mb: int = 1024):
         if sys.platform == "win32":
@@ -1453,16 +1411,17 @@ class Verifier:
                 found[text] = (answer and answer[0], bool(right), right is None)
                 if not worker:
                     break  # the next one sees what is left
-        wrong = list(dict.fromkeys(answer for answer, right, lost in found.values() if answer and not right and not lost))
+        wrong = list(dict.fromkeys(answer for answer, right, lost in found.values() if answer and not (right or lost)))
         labels = wrong
         if len(wrong) > 1:
             self.ask(worker, answers=wrong)
             labels = self.reply(worker) or wrong
         label, numbers = dict(zip(wrong, labels)), {}
-        keys = [(right, 0 if right else label.get(answer, re.sub(r"\s+", "", answer or ""))) for answer, right, _ in
-                map(found.get, responses)]  # fmt: skip
+        answers, verdicts, lost = ([found[text][part] for text in responses] for part in range(3))
+        keys = [(right, "" if right else label.get(answer, re.sub(r"\s+", "", answer or "")))
+                for answer, right in zip(answers, verdicts)]  # fmt: skip
         classes = [-1 if key == (False, "") else numbers.setdefault(key, len(numbers)) for key in keys]
-        return Group([found[text][1] for text in responses], classes, *([found[text][i] for text in responses] for i in (0, 2)))
+        return Group(verdicts, classes, answers, lost)
 
 
 def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:
@@ -1478,11 +1437,12 @@ def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing but replies reaches the pipe
 
-    def reply(work):
+    def reply(work, *arguments):
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime + timeout) + 2, resource.RLIM_INFINITY))
+        seconds = int(usage.ru_utime + usage.ru_stime + timeout) + 2
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
         try:
-            value = work()
+            value = work(*arguments)
         except (MemoryError, RecursionError):
             value = "memory"
         replies.write(json.dumps(value).encode() + b"\n")
@@ -1490,40 +1450,40 @@ def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:
         return value
 
     reply(lambda: "ready" if score(r"$\boxed{\frac{x+1}{2}}$", "x/2 + 1/2") else "broken")
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
+    for request in map(json.loads, sys.stdin.buffer):
         if "answers" in request:
-            reply(lambda: answer_classes(request["answers"]))
-            continue
-        for response in request["responses"]:
-            answer = reply(lambda: [extract_answer(response)])
+            reply(answer_classes, request["answers"])
+        for response in request.get("responses", ()):
+            answer = reply(lambda text: [extract_answer(text)], response)
             if answer != "memory":
-                reply(lambda: bool(answer[0]) and is_equivalent(answer[0], request["reference"], request["require_value"]))
+                reply(is_equivalent, answer[0], request["reference"], request["require_value"])
 
 
-# -------------------------------------------------------------------------------------------------------------- audit
+# -- audit -------------------------------------------------------------------------------------------------------------
 def audit(path: str, shown: int = 5) -> None:
-    """What the checker made of a JSONL of responses: found by which rule, parsed or not, slowest cases, and examples."""
-    rules, reasons, slowest, examples = Counter(), Counter(), [], {}
-    for row, line in enumerate(open(path, encoding="utf-8")):
-        fields = json.loads(line)
-        response = next((fields[name] for name in ("response", "pred", "completion") if name in fields), None)
-        reference = next((fields[name] for name in ("reference", "gold", "answer") if name in fields), None)
-        if not isinstance(response, str) or not isinstance(reference, str):
-            raise SystemExit(f'{path}:{row + 1}: needs "response" and "reference"')
+    """What the checker made of a JSONL of responses: found by which rule, parsed or not, the slowest, and examples."""
+    rules, verdicts, slowest, examples = Counter(), Counter(), [], {}
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    for row, fields in enumerate(rows):
+        response, reference = (
+            next((fields[name] for name in names if isinstance(fields.get(name), str)), None)
+            for names in (("response", "pred", "completion"), ("reference", "gold", "answer"))
+        )
+        if response is None or reference is None:
+            raise ValueError(f'{path}:{row + 1}: "response" and "reference" are needed, as text')
         start = time.perf_counter()
         result = explain(response, reference, bool(fields.get("require_value")))
-        slowest = sorted([*slowest, (time.perf_counter() - start, row + 1, str(result.answer)[:60])])[-shown:]
-        rules[result.rule] += 1
-        reasons[(reason := result.why.split(":")[0])] += 1
-        if len(seen := examples.setdefault(reason, [])) < shown:
-            seen.append(f"  line {row + 1}: {str(result.answer)[:60]!r} for {reference[:60]!r} ({result.rule}; {result.why})")
-    total = max(1, sum(rules.values()))
-    for title, counts in (("found by", rules), ("verdict", reasons)):
-        print(f"{title}: " + ", ".join(f"{name} {count} ({count / total:.1%})" for name, count in counts.most_common()))
-    print("slowest: " + "; ".join(f"{seconds * 1e3:.1f} ms line {row} {answer!a}" for seconds, row, answer in slowest[::-1]))
-    for reason, lines in examples.items():
-        print(f"{reason}:", *lines, sep="\n")
+        seconds, verdict = time.perf_counter() - start, result.why.split(":")[0]
+        rules[result.rule], verdicts[verdict] = rules[result.rule] + 1, verdicts[verdict] + 1
+        line = f"  {path}:{row + 1}: {str(result.answer)[:60]!a} for {reference[:60]!a} ({result.rule}; {result.why})"
+        slowest = sorted([*slowest, (seconds, line)])[-shown:]
+        examples.setdefault(verdict, []).append(line)
+    for title, counts in (("found by", rules), ("verdicts", verdicts)):
+        print(f"{title}: " + ", ".join(f"{name} {n} ({n / len(rows):.1%})" for name, n in counts.most_common()))
+    print("slowest:", *(f"{line} {seconds * 1e3:.1f} ms" for seconds, line in slowest[::-1]), sep="\n")
+    for verdict, lines in examples.items():
+        print(f"{verdict}:", *lines[:: max(1, len(lines) // shown)][:shown], sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:
