@@ -836,7 +836,8 @@ def raise_alarms(metrics, state):
     conditions = {
         "almost every response is cut off by --max-new-tokens": metrics["finished"] < 0.05,
         "almost no response has an answer that the checker finds; look at samples.txt": metrics["no_answer"] > 0.95,
-        "no response has an advantage, since rewards are equal: nothing to learn": metrics["zero_gradient_groups"] == 1,
+        "no response has an advantage, since rewards are equal: nothing to learn":
+            metrics["zero_gradient_groups"] == 1 or not metrics["prompts_trained"],
     }
     for message, holds in conditions.items():
         state.alarms[message] = state.alarms.get(message, 0) + 1 if holds else 0
