@@ -1,0 +1,529 @@
+"""The checker on ordinary input. Guards against: an answer found in the wrong place; right answers in another spelling
+judged wrong and near misses judged right; a question handed back as its own answer; classes that split equal answers;
+malformed problems that pass silently; verdicts that differ between thread, worker and main process; a worker that
+hangs, dies, exhausts memory or outlives its parent."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+import reward
+
+EQUAL = [
+    ("5", "5.0"), ("1/2", "0.5"), (r"\frac12", r"\frac{1}{2}"), ("1,000", "1000"), ("1{,}000", "1000"),
+    (r"1\,000\,000", "1000000"), ("-1,234.5", "-1234.5"), ("1.234.567", "1234567"), ("1.234,5", "1234.5"),
+    ("1 234 567", "1234567"), (".5", "1/2"), (r"3\frac{1}{2}", "7/2"), ("3 1/2", "3.5"), (r"-2\frac12", "-5/2"),
+    ("2.5e3", "2500"), ("2.5E-3", "0.0025"), (r"1.5 \times 10^3", "1500"), ("1.5 x 10^3", "1500"),
+    ("10^{-2}", "0.01"), (r"0.\overline{3}", "1/3"), (r"0.1\overline{6}", "1/6"), ("101_2", "5"), ("52_8", "42"),
+    ("3.33333333", "10/3"), ("+7", "7"), ("--7", "7"), ("7.", "7"), ("007", "7"), ("2^{10}", "1024"),
+    ("2^10", "1024"), ("2**10", "1024"), ("5!", "120"), (r"\sqrt{16}", "4"), (r"\sqrt[3]{-8}", "-2"),
+    (r"\sqrt{12}", r"2\sqrt3"), ("sqrt(12)", "2sqrt(3)"), ("√12", "2√3"), (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"),
+    (r"\frac{1}{1+\sqrt2}", r"\sqrt2-1"), ("|{-5}|", "5"), ("|-5|", "5"), (r"\lfloor 3.7 \rfloor", "3"),
+    (r"\lceil 3.2 \rceil", "4"), (r"\binom{5}{2}", "10"), (r"\log_2 8", "3"), (r"\log_{2}{8}", "3"),
+    ("log_2(8)", "3"), ("log2(8)", "3"), (r"\ln e", "1"), (r"\lg 100", "2"), (r"e^{\ln 5}", "5"),
+    (r"\sin \frac{\pi}{6}", "1/2"), (r"\sin 30^\circ", "1/2"), (r"\cos(\pi/3)", "0.5"), (r"\tan 45°", "1"),
+    (r"\pi", "3.14159265358979"), (r"\sum_{k=1}^{10} k", "55"), (r"\sum_{i=0}^{3} 2^i", "15"),
+    (r"\prod_{k=1}^5 k", "120"), (r"\frac{\frac12}{3}", "1/6"), (r"2\cdot3", "6"), (r"2 \times 3", "6"),
+    (r"6 \div 2", "3"), ("2(3)", "6"), ("(2)(3)", "6"), ("3 - -2", "5"), ("2^{-1}", "1/2"), ("4^{1/2}", "2"),
+    ("8^{2/3}", "4"), (r"\frac{16}{3}", r"5\frac13"), (r"\dfrac{-3}{4}", r"-\frac34"), (r"\frac{3}{-4}", "-3/4"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"), ("½", "0.5"), ("3½", "3.5"), ("10^{20}", "100000000000000000000"),
+    ("1:2", "2:4"), (r"\text{twelve}", r"\text{twelve}"), ("three", "3"), ("2/4", "1/2"), ("１２", "12"), ("−5", "-5"),
+    ("5²", "25"), ("2³", "8"), (r"\sqrt[3]{27}", "3"), (r"\sqrt[4]{16}", "2"), ("(-2)^3", "-8"), ("-2^2", "-4"),
+    ("i^2", "-1"), ("(1+i)^2", "2i"), (r"e^{i\pi}", "-1"), (r"\sqrt{-4}", "2i"), ("3+4i", "4i+3"),
+    (r"\frac{10}{4}", "2.5"), ("1e6", "1000000"), ("0.50", "0.5"), ("100.00", "100"), ("50%", "50"), (r"50\%", "0.5"),
+    (r"50\%", "1/2"), ("33.5 percent", r"33.5\%"), (r"\$5", "5"), (r"\$1,250.50", "1250.5"), ("$5$", "5"),
+    ("5 dollars", r"\$5"), (r"5\text{ cm}", "5"), ("5 cm", "5cm"), (r"5\ \text{cm}^2", "5"), (r"5 \mathrm{~cm}", "5"),
+    ("64 square feet", "64 ft^2"), ("10 inches", "10 in"), ("10 miles per hour", "10"), ("42 apples", "42"),
+    (r"5 \text{ m/s}", "5"), (r"3\text{ hours}", "3"), (r"90^\circ", "90"), (r"90^{\circ}", "90 degrees"),
+    (r"45^\circ", r"\frac{\pi}{4}"), ("30°", "30"), ("€5", "5"), (r"12 \text{ and a half}", r"12 \text{ and a half}"),
+    (r"5 \text{ ways}", "5"), (r"25 \text{ units}", "25"), (r"7 \text{ days}", "7"), ("x=5", "5"), ("5=x", "5"),
+    ("x = 5", "x=5.0"), ("x_1 = 3", "3"), ("f(x)=x^2", "x^2"), ("f(x)=x^2", "y=x^2"), ("y=2x+1", "2x+1"),
+    ("y=2x+1", "2x-y+1=0"), ("2+3=5", "5"), ("a=b=3", "3"), (r"\angle ABC = 40^\circ", "40"),
+    (r"\text{Area} = 12", "12"), ("Area = 12", "12"), (r"x \approx 3.14", "3.14"),
+    (r"x=\frac13 \approx 0.333", "1/3"), (r"\frac13 \approx 0.333", "1/3"), ("x^2+y^2=4", "2x^2+2y^2=8"),
+    (r"\frac{x^2}{4}+\frac{y^2}{9}=1", "9x^2+4y^2=36"), ("x-y=0", "x=y"), ("(x-1)^2+(y-2)^2=9", "x^2-2x+y^2-4y-4=0"),
+    ("P(x)=x+1", "x+1"), ("f^{-1}(x)=x-1", "x-1"), (r"x\in\{1,2\}", r"\{1,2\}"), (r"x \in [0,1]", "[0,1]"),
+    (r"m = \frac{3}{4}", "3/4"), ("(x,y)=(1,2)", "(1,2)"), ("x=1, y=2", "x=1,y=2"), ("x=1,y=2", "y=2, x=1"),
+    ("x=1, y=2", "(1,2)"), (r"x = 3 \text{ or } x = 5", "3,5"), ("1,2,3", "3, 2, 1"), ("1, 2 and 3", "1,2,3"),
+    (r"1 \text{ and } 2", "2,1"), ("1 or 2", "2 or 1"), (r"\{1,2\}", r"\{2,1\}"), (r"\{1,2,2\}", r"\{1,2\}"),
+    ("{1,2}", r"\{1,2\}"), (r"\pm 3", "3,-3"), (r"\pm3", r"\{-3,3\}"), (r"1\pm\sqrt2", r"1+\sqrt2, 1-\sqrt2"),
+    (r"x=\pm 2", "2,-2"), (r"\{3\}", "3"), ("1;2", "1,2"), (r"x=1 \text{ or } x=2", r"\{1,2\}"), ("1,2", r"\{1,2\}"),
+    ("(1,2)", "( 1 , 2 )"), ("(1,2)", "1,2"), ("(1,2),(3,4)", "(3,4),(1,2)"), (r"\left(\frac12,3\right)", "(0.5,3)"),
+    (r"\langle 1,2,3\rangle", "(1,2,3)"), ("[1,2,3]", "(1,2,3)"), (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),
+    ("[[1,2],[3,4]]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\frac12\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"\emptyset", r"\{\}"),
+    (r"\varnothing", "∅"), ("1,000, 2,000", "1000,2000"), ("100,200", "100, 200"), ("x<3", "3>x"),
+    (r"x \le 3", r"x\leq3"), ("x<3", r"(-\infty,3)"), (r"x\geq 2", r"[2,\infty)"), ("1<x<2", "(1,2)"),
+    (r"1 < x \le 2", "(1,2]"), ("2>x>1", "(1,2)"), ("2x<6", "x<3"), ("-x>-3", "x<3"),
+    (r"x<1 \text{ or } x>2", r"(-\infty,1)\cup(2,\infty)"),
+    (r"(-\infty,1)\cup(2,\infty)", r"(2,\infty) \cup (-\infty, 1)"), ("(-∞,1)U(2,∞)", r"(-\infty,1)\cup(2,\infty)"),
+    (r"x \ne 1", r"(-\infty,1)\cup(1,\infty)"), (r"\mathbb{R}\setminus\{1\}", r"x\neq 1"),
+    (r"\mathbb{R}", r"(-\infty,\infty)"), (r"\{x | x>0\}", r"(0,\infty)"), (r"\{x \mid 0<x<1\}", "(0,1)"),
+    (r"\{x: x \ge 1\}", r"[1,\infty)"), (r"[0,1]\cup\{3\}", r"\{3\}\cup[0,1]"), ("all real numbers", r"\mathbb{R}"),
+    (r"(-\infty,-2)\cup(-2,2)\cup(2,\infty)", r"\mathbb R \setminus \{-2,2\}"), ("x^2+2x+1", "(x+1)^2"),
+    ("2x", "x*2"), ("xy", "yx"), ("x(x+1)", "x^2+x"), (r"\frac{x^2-1}{x-1}", "x+1"), (r"\sin^2 x+\cos^2 x", "1"),
+    (r"\tan x", r"\frac{\sin x}{\cos x}"), (r"2\sin x\cos x", r"\sin 2x"), (r"\ln(x^2)", r"2\ln x"),
+    ("e^{x+y}", "e^xe^y"), (r"\sqrt{x^2y}", r"x\sqrt y"), ("x^{-1}", "1/x"), (r"\frac1{x}", "x^{-1}"),
+    ("a^2-b^2", "(a-b)(a+b)"), (r"\frac{a}{b}+\frac{c}{d}", r"\frac{ad+bc}{bd}"), ("n(n+1)/2", r"\frac{n^2+n}{2}"),
+    (r"2\pi r", r"2 r \pi"), (r"\theta", "θ"), (r"\sin^{-1} x", r"\arcsin x"), (r"\log_2 x", r"\frac{\ln x}{\ln 2}"),
+    ("|x-1|", "|1-x|"), ("x^2 + C", "C + x^2"), (r"\frac{1}{2}x", "x/2"), ("0.5x", "x/2"), ("3^{n+1}", r"3\cdot 3^n"),
+    ("2^{2n}", "4^n"), (r"\cos 2x", r"1-2\sin^2x"), (r"\sec x", r"1/\cos x"), ("sinx", "sin(x)"),
+    ("f(x)+g(x)", "g(x)+f(x)"), ("x_1+x_2", "x_2+x_1"), ("(n+1)!", "(n+1) n!"), (r"\binom{n}{2}", "n(n-1)/2"),
+    ("x^2y", "yx^2"), (r"\alpha\beta", r"\beta\alpha"), ("ab^2", "b^2a"), (r"x\cdot y", "xy"), ("-(a-b)", "b-a"),
+    (r"\frac{-x}{y}", r"-\frac{x}{y}"), ("e^{-x}", "1/e^x"), (r"\exp(2x)", "e^{2x}"), (r"\ln|x|+C", r"C+\ln|x|"),
+    ("2^{x}", "2^x"), ("x^{1/2}", r"\sqrt{x}"), (r"x^\frac12", r"\sqrt{x}"), (r"\sqrt{2}x", r"x\sqrt2"),
+    ("sin(x)^2", r"\sin^2(x)"), ("5pi/6", r"\frac{5\pi}{6}"), ("2^{3^2}", "512"),
+    (r"\frac{dy}{dx}", r"\frac{dy}{dx}"), ("(A)", "A"), (r"\text{(C)}", "C"), (r"\textbf{(B)}", "B"),
+    ("B", "(B) 12 apples"), ("C. 5", "C"), (r"\text{Yes}", "yes"), ("Monday", "monday"), (r"\text{even}", "even"),
+    (r"\mathrm{E}", "E"), (r"\text{no solution}", "No solution"), ("12:00", "12:00"), (r"\boxed{5}", "5"),
+    ("D", r"\textbf{(D)}\ 42"), (r"\{HHH, HHT\}", r"\{HHT,HHH\}"), (r"\text{red, blue}", r"\text{blue, red}"),
+    (r"x=2\text{ cm}", "2"), (r"\overline{AB}", r"\overline{AB}"),
+    (r"\begin{cases} x=1 \\ y=2\end{cases}", r"\begin{cases}x=1\\y=2\end{cases}"),
+]  # fmt: skip
+DIFFERENT = [
+    ("5", "6"), ("0.33", "1/3"), ("2.23", "2.232"), ("3.14", r"\pi"), ("1/2", "1/3"), ("5", "-5"), ("x", "X"),
+    ("x", "y"), ("12", "(1,2)"), ("12", "1,2"), ("(1,2)", "(2,1)"), ("(1,2)", r"\{1,2\}"), (r"\{1,2\}", r"\{1,2,3\}"),
+    ("1", "1,2"), ("x<1", r"x\le1"), ("(0,1)", "[0,1]"), ("[0,1)", "(0,1]"), ("x<1", "x>1"), ("x=5", "y=5"),
+    (r"5\text{ cm}", r"5\text{ m}"), ("e^x", "e^x+C"), (r"\pm 3", "3"), ("5%", "0.5"), (r"5\%", r"500\%"),
+    ("a^2+b=0", "0"), ("x=1,y=2", "x=2,y=1"), ("10^{20}", "10^{20}+1"), (r"\sqrt2", "1.414"),
+    (r"\sqrt{2}+10^{-50}", r"\sqrt2"), ("x+10^{-40}", "x"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"), ("A", "B"), ("(A)", "(B)"),
+    ("yes", "no"), ("", "5"), ("5+", "5"), ("5 5", "5"), ("foo(5", "5"), (r"\frac{5}", "5"), ("x+5", "5"),
+    ("5x", "5"), ("5 or 6", "5"), ("5, 6, 7", "6"), ("2^{100000}", "2^{100001}"), ("1.5", "15"), ("1,5", "15"),
+    ("1,23", "123"), ("1,2345", "12345"), ("52_8", "528"), ("-2^2", "4"), ("2^{x}", "2x"), (r"\sin x", r"\cos x"),
+    (r"\sin^2 x", r"\sin x^2"), (r"\log x", r"\log_2 x"), ("x!", "x"), (r"\frac12", r"\frac21"), ("1/0", "1/0+1"),
+    ("0/0", "1"), (r"\infty", "1000000"), (r"\infty", r"-\infty"), ("5i", "5"), ("3+4i", "3-4i"), ("B", "(C) B"),
+    (r"(-\infty,1)\cup(2,\infty)", r"(-\infty,1)"), ("x^2=4", "x=2"), ("x=y", "y=2x"), ("2x+3", "2x+3=0"),
+    ("f(x)", "f(y)"), ("f(x)=x", "f(x)=2x"), ("n!", "n"), ("1000000", "1000001"), ("1e6", "1000001"),
+    ("1/3", "0.3333"), ("12345678", "12345679"), ("0.1234", "0.12345"), (r"\text{east}", r"\text{west}"),
+    ("AB", "BC"), ("5:00", "5:01"), (r"\{1\}", "2"), ("(1,2,3)", "(1,2)"), (r"\sqrt{-4}", "2"), (r"\sqrt[3]{8}", "3"),
+    (r"x=\pm2", "2"), ("42 and 43", "42"), ("either 42 or 43", "42"), (r"7 \text{ or } 8", "8"), ("|x|", "x"),
+    ("3<x<5", "3<x<=5"), (r"x \ne 1", "x=1"), (r"\emptyset", "0"), (r"\{0\}", r"\emptyset"), ("20%", "20 cm + 1"),
+    ("1:2", "1:3"), ("10:30", "10:31"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("left, right", EQUAL)
+def test_equal(left, right):
+    assert reward.is_equivalent(left, right) and reward.is_equivalent(right, left)
+
+
+@pytest.mark.parametrize("left, right", DIFFERENT)
+def test_different(left, right):
+    assert not reward.is_equivalent(left, right) and not reward.is_equivalent(right, left)
+
+
+EXTRACTION = [  # (response, answer, rule)
+    (r"so $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}", "box"),
+    (r"\boxed{1}, no: \boxed{\text{a {b} c}}", r"\text{a {b} c}", "box"),
+    (r"\boxed{2} and \boxed{3}", "2, 3", "box"),
+    (r"\boxed{2}. Therefore \boxed{3}", "3", "box"),
+    (r"\boxed{5}, \boxed{5}", "5", "box"),
+    (r"\boxed 7", "7", "box"),
+    (r"\fbox{7} and \boxed{8", "7", "box"),
+    (r"\boxed{\boxed{9}}", r"\boxed{9}", "box"),
+    (r"\boxed{ \boxed{9}", "9", "box"),
+    (r"\boxed{\{1\}}", r"\{1\}", "box"),
+    (r"\boxed{}", None, "none"),
+    (r"\boxed{The answer is $(9+1)$}", "$(9+1)$", "box"),
+    (r"<think>\boxed{1}</think> so \boxed{2}", "2", "box"),
+    (r"<think>\boxed{1}</think> so 2", "2", "number"),
+    (r"<think>\boxed{1}", None, "none"),
+    ("<answer> 12 </answer>", "12", "tag"),
+    ("</answer> nothing here", None, "none"),
+    ("Answer: 41 was a wrong guess.\nAnswer: 42", "42", "label"),
+    ("**Answer:** 42 apples", "42 apples", "label"),
+    (r"\text{Answer:} $\frac12$", r"$\frac12$", "label"),
+    ("Final Answer: Jane started 3 hours ago. I hope it is correct.", "3", "label"),
+    ("答案：42", "42", "label"),
+    ("The final answer is $28\\%$. I hope it is correct.", r"$28\%$", "final"),
+    ("6*7 = 42\n#### 42", "42", "hashes"),
+    ("The answer is **12**.", "12", "phrase"),
+    ("so the answer is 5 apples", "5 apples", "phrase"),
+    ("The answer is for sure D, it can't be A or B", "D", "phrase"),
+    ("and so it is **92**, as 100 - 8", "92", "bold"),
+    ("It's not A because it doesn't make sense, therefore I think it's B", "B", "letter"),
+    ("so $x=2$ and $y=3$", "x=2, y=3", "formula"),
+    (r"thus \(x \geq 5\) is the solution.", r"x \geq 5", "formula"),
+    ("so $x$ is 7, and 7 + 7 = 14", "14", "number"),
+    ("it costs $5 and then $6, so 11 in all", "11", "number"),
+    ("100 - 30 = 70", "70", "number"),
+    ("it fell by 5-3 = -2", "-2", "number"),
+    ("1,234,567 people", "1,234,567", "number"),
+    ("I do not know.", None, "none"),
+    ("", None, "none"),
+]
+
+
+@pytest.mark.parametrize("response, answer, rule", EXTRACTION)
+def test_extraction(response, answer, rule):
+    assert (reward.extract_answer(response), reward.explain(response, "1").rule) == (answer, rule)
+
+
+def test_every_rule_has_a_case():
+    assert {rule for *_, rule in EXTRACTION} == {name for name, *_ in reward.RULES} | {"none"}
+
+
+@pytest.mark.parametrize(
+    "reference", ["42", "$42$", r"\boxed{42}", "6*7\n#### 42", r"so \(x=6\), \boxed{42}.", "42.", " 42\n"]
+)
+def test_reference_spellings(reference):
+    assert reward.score(r"\boxed{42}", reference) == 1.0 and reward.score(r"\boxed{43}", reference) == 0.0
+
+
+def test_what_is_not_text_is_wrong():
+    assert reward.score(None, "1") == 0.0 and not reward.is_equivalent(1, 1) and reward.extract_answer(7) is None
+
+
+def test_explain():
+    say = {
+        response: reward.explain(response, "5").why for response in (r"\boxed5", r"\boxed6", "no idea", r"\boxed{5+}")
+    }
+    assert list(say.values())[:3] == ["right", "wrong", "no answer"] and say[r"\boxed{5+}"].startswith(
+        "unparsed answer: "
+    )
+    assert reward.explain(r"\boxed{3+2}", "5", require_value=True).why == "not a value"
+    assert reward.explain(r"\boxed{3+2}", "6", require_value=True).why == "wrong"
+
+
+VALUES = [
+    "5",
+    "+5",
+    "5.0",
+    "10/2",
+    r"\frac{10}{2}",
+    "x=5",
+    "3+2=5",
+    r"\sqrt{25}",
+    r"25^{1/2}",
+    "5^1",
+    r"0.5\times10^1",
+    "(5)",
+    r"\{5\}",
+    "5 cm",
+    "$5$",
+    "500%",
+]
+EXPRESSIONS = [
+    "3+2",
+    "5=3+2",
+    "7-2",
+    r"1\cdot5",
+    "5*1",
+    "10/2/1",
+    r"\frac{2+3}{1}",
+    r"\frac{10}{\frac{4}{2}}",
+    "1(5)",
+    r"\sqrt{20+5}",
+    "(3+2)",
+    "x=3+2",
+    r"\{3+2\}",
+    "2+3 cm",
+    "5+0",
+    r"5\div 1/1",
+]
+
+
+@pytest.mark.parametrize("answer", VALUES)
+def test_a_value_stays_right_where_one_is_required(answer):
+    assert reward.is_equivalent(answer, "5", require_value=True)
+
+
+@pytest.mark.parametrize("answer", EXPRESSIONS)
+def test_an_unfinished_calculation_is_wrong_only_where_a_value_is_required(answer):
+    assert reward.is_equivalent(answer, "5") and not reward.is_equivalent(answer, "5", require_value=True)
+
+
+def test_a_mixed_number_is_a_value_and_other_references_ask_for_none():
+    assert reward.is_equivalent(r"1\frac45", "9/5", require_value=True) and reward.is_equivalent("1 4/5", "1.8", True)
+    assert reward.is_equivalent(r"1+2\sqrt3", r"2\sqrt3+1", require_value=True)
+    assert reward.is_equivalent("(x+1)^2", "x^2+2x+1", require_value=True)
+
+
+def test_classes():
+    assert reward.answer_classes(["1/2", None, "3", "0.5", "x = 3", "yes", None, r"\frac{2}{4}"]) == [
+        0,
+        -1,
+        1,
+        0,
+        1,
+        2,
+        -1,
+        0,
+    ]
+    assert reward.answer_classes([]) == [] and reward.answer_classes([None]) == [-1]
+    # closed transitively: 50% is 50 and 0.5, which are not equal to each other
+    assert reward.answer_classes(["50", "0.5", "50%"]) == [0, 0, 0] and reward.answer_classes(["50", "0.5"]) == [0, 1]
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_load_problems(tmp_path):
+    path = write(
+        tmp_path / "data.jsonl",
+        {"problem": "1+1?", "answer": "2", "solution": "so \\boxed{2}"},
+        "",
+        {"problem": "empty", "answer": " "},
+        {"problem": "number", "answer": 2.5, "require_value": True},
+        {"problem": "long", "answer": "9" * 5_000},
+        {"problem": "none", "answer": "1", "solution": None},
+    )
+    dropped = Counter()
+    problems = reward.load_problems(path, dropped)
+    assert [(p.row, p.answer, p.solution, p.require_value) for p in problems] == [
+        (0, "2", "so \\boxed{2}", False),
+        (3, "2.5", None, True),
+        (5, "1", None, False),
+    ]
+    assert dropped == {"empty answer": 1, "answer over the checker's limits": 1}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "not JSON"),
+        ("[1]", "not an object"),
+        ("null", "not an object"),
+        ({"problem": "x"}, '"answer" is missing'),
+        ({"answer": "x"}, '"problem" is missing'),
+        ({"problem": 1, "answer": "x"}, '"problem" is 1'),
+        ({"problem": "x", "answer": [1]}, '"answer"'),
+        ({"problem": "x", "answer": True}, '"answer"'),
+        ({"problem": "x", "answer": None}, '"answer"'),
+        ({"problem": "x", "answer": "1", "solution": 3}, '"solution"'),
+        ({"problem": "x", "answer": "1", "require_value": "no"}, '"require_value"'),
+    ],
+)
+def test_malformed_problems_are_refused_by_file_and_line(tmp_path, line, message):
+    path = write(tmp_path / "data.jsonl", {"problem": "1+1?", "answer": "2"}, line)
+    with pytest.raises(ValueError) as caught:
+        reward.load_problems(path)
+    assert (
+        str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value) and "\n" not in str(caught.value)
+    )
+
+
+# -- the pool
+def test_groups():
+    responses = [
+        [r"\boxed{\frac12}", "no", r"\boxed{3}", r"\boxed{0.5}", r"\boxed{6/2}", r"\boxed{\frac12}"],
+        [r"\boxed{3+2}"],
+        [],
+    ]
+    with reward.Verifier(workers=2) as verifier:
+        first, second, third = verifier.check(responses, ["0.5", "5", "1"], [False, True, False])
+        assert first == (
+            [True, False, False, True, False, True],
+            [0, -1, 1, 0, 1, 0],
+            [r"\frac12", None, "3", "0.5", "6/2", r"\frac12"],
+            [False] * 6,
+        )
+        assert second.verdicts == [False] and third.verdicts == [] and verifier.timeouts == 0
+        assert verifier.verify(responses[:1], ["3"]) == (
+            [[False, False, True, False, True, False]],
+            [[0, -1, 1, 0, 1, 0]],
+        )
+        with pytest.raises(ValueError):
+            verifier.check(responses, ["1"])
+
+
+def test_same_verdict_in_thread_worker_and_main_process():
+    pairs = [(f"so \\boxed{{{left}}}", right) for left, right in EQUAL[::3] + DIFFERENT[::2]]
+    here = [reward.score(*pair) > 0 for pair in pairs]
+    there: list = [None] * 3
+
+    def run(place):
+        there[place] = [reward.score(*pair) > 0 for pair in pairs]
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert there == [here] * 3
+    with reward.Verifier(workers=2) as verifier:
+        groups = verifier.check([[response] for response, _ in pairs], [reference for _, reference in pairs])
+    assert [group.verdicts[0] for group in groups] == here
+
+
+def test_callers_in_several_threads_get_their_own_results():
+    with reward.Verifier(workers=2) as verifier:
+        results = {}
+
+        def run(n):
+            results[n] = verifier.verify([[f"\\boxed{{{n}}}", f"\\boxed{{{k}}}"] for k in range(20)], [str(n)] * 20)[0]
+
+        threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(results[n] == [[True, n == k] for k in range(20)] for n in range(4))
+
+
+TRAP = """import sys, os, time
+sys.path.insert(0, {root!r})
+import reward
+honest = reward.extract_answer
+def trap(text):
+    if "HANG" in text: time.sleep(60)
+    if "SPIN" in text:
+        while True: pass
+    if "DIE" in text: os._exit(3)
+    if "EAT" in text: return "x" * (1 << 40)
+    return honest(text)
+reward.extract_answer = trap
+reward.main()
+"""
+
+
+def test_failing_workers_are_replaced_and_counted(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(TRAP.format(root=os.path.dirname(os.path.abspath(reward.__file__))))
+    monkeypatch.setattr(reward, "__file__", str(script))
+    with reward.Verifier(workers=1, timeout=0.7, memory_mb=512) as verifier:
+        group, after = verifier.check(
+            [[r"\boxed{1}", "HANG", r"\boxed{2}", "DIE", "EAT", r"\boxed{3}"], [r"\boxed{4}"]], ["3", "4"]
+        )
+        assert group.verdicts == [False] * 5 + [True] and group.timed_out == [False, True, False, True, True, False]
+        assert group.classes == [0, -1, 1, -1, -1, 2] and after.verdicts == [True]
+        assert verifier.failures == {"time": 1, "crash": 1, "memory": 1} and verifier.timeouts == 1
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def workers_of(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        found = [int(child) for child in file.read().split()]
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/children") as file:
+            found += [int(child) for child in file.read().split()]
+    return sorted(set(found))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("end", ["kill", "exit", "interrupt"])
+def test_no_worker_outlives_its_parent(tmp_path, end):
+    """Idle and spinning workers both; the parent killed, gone without close(), or interrupted."""
+    script = tmp_path / "worker.py"
+    root = os.path.dirname(os.path.abspath(reward.__file__))
+    script.write_text(TRAP.format(root=root))
+    code = f"""import sys, threading, time; sys.path.insert(0, {root!r}); import reward
+reward.__file__ = {str(script)!r}
+pool = reward.Verifier(workers=2, timeout=30)
+pool.check([["1"], ["2"]], ["1", "2"])
+threading.Thread(target=lambda: pool.check([["SPIN"]], ["1"]), daemon=True).start()
+time.sleep(0.3); print("ready", flush=True); {"sys.exit()" if end == "exit" else "time.sleep(60)"}"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    pids = []
+    deadline = time.monotonic() + 30
+    while end == "exit" and len(pids) < 2 and time.monotonic() < deadline and parent.poll() is None:
+        pids = workers_of(parent.pid)
+        time.sleep(0.02)
+    assert parent.stdout.readline() == b"ready\n"
+    if end != "exit":
+        pids = workers_of(parent.pid)
+        parent.send_signal(signal.SIGKILL if end == "kill" else signal.SIGINT)
+    parent.wait(30)
+    parent.stdout.close()
+    assert len(pids) == 2
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
+
+
+def test_pool_works_under_spawn(tmp_path):
+    script = tmp_path / "spawned.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(reward.__file__))!r})
+import multiprocessing, reward
+def rank(n):
+    with reward.Verifier(workers=1) as pool:
+        return pool.verify([[r"\\boxed{{%d}}" % n, "0"]], [str(n)])[0]
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(2) as ranks:
+        print(ranks.map(rank, [3, 4]), "torch" in sys.modules)
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[[[True, False]], [[True, False]]] False", done.stderr
+
+
+def test_a_closed_pool_starts_again_and_bad_arguments_are_refused():
+    verifier = reward.Verifier(workers=1)
+    for _ in range(2):
+        assert verifier.verify([["5"]], ["5"]) == ([[True]], [[0]])
+        verifier.close()
+    for arguments in ({"workers": 0}, {"timeout": 0}):
+        with pytest.raises(ValueError):
+            reward.Verifier(**arguments)
+
+
+def test_audit(tmp_path, capsys):
+    path = write(
+        tmp_path / "samples.jsonl",
+        {"response": r"\boxed{5}", "reference": "5"},
+        {"response": "so 6", "reference": "5"},
+        {"response": r"\boxed{5+}", "reference": "5"},
+        {"response": "no", "reference": "5"},
+    )
+    reward.main(["--audit", str(path)])
+    said = capsys.readouterr().out
+    for part in (
+        "box 2 (50.0%)",
+        "number 1 (25.0%)",
+        "none 1",
+        "right 1",
+        "unparsed answer 1",
+        "no answer 1",
+        "slowest",
+        f"{path}:2",
+    ):
+        assert part in said
+
+
+# -- labelled answers and GSM8K, where the optional material is there
+def test_labelled_pairs(shared):
+    with open(f"{shared}/checker/dev.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    counts = Counter()
+    for row in rows:
+        answer = f"\\boxed{{{row['pred'].strip().strip('$')}}}" if row["form"] == "bare" else row["pred"]
+        counts[row["tier"], row["expect"], (reward.score(answer, row["gold"]) > 0) == row["expect"]] += 1
+
+    def share(tier, expect):
+        return counts[tier, expect, True] / (counts[tier, expect, True] + counts[tier, expect, False])
+
+    assert share("rlvr", True) >= 0.95 and share("rlvr", False) >= 0.99
+    assert share("cas", True) >= 0.80 and share("cas", False) >= 0.98
+
+
+def test_gsm8k_references_equal_themselves_and_nothing_else(shared):
+    answers = []
+    for name in ("train", "test"):
+        with open(f"{shared}/data/gsm8k_{name}.jsonl", encoding="utf-8") as file:
+            answers += [json.loads(line)["answer"].rpartition("####")[2].strip() for line in file]
+    for answer in dict.fromkeys(answers):
+        for spelling in (answer, f"${answer}$", rf"\boxed{{{answer}}}"):
+            assert reward.score(rf"\boxed{{{answer}}}", spelling) == 1.0 and reward.is_equivalent(spelling, answer)
+    noise = random.Random(0)
+    for _ in range(20_000):
+        left, right = noise.choice(answers), noise.choice(answers)
+        same = float(left.replace(",", "")) == float(right.replace(",", ""))
+        assert reward.is_equivalent(left, right) == same, (left, right)
