@@ -2,6 +2,7 @@
 run from an answer; an exception that stops a training run; memory that grows; a verdict "right" for nonsense; a pool
 that is unusable afterwards."""
 
+import itertools
 import os
 import resource
 import time
@@ -9,7 +10,6 @@ import time
 import pytest
 
 import reward
-import itertools
 
 OPEN, CLOSE = "{", "}"
 
