@@ -16,6 +16,7 @@ Shapes: P prompts of a step, G responses each, B = P·G rows (row = prompt·G + 
 import argparse
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import json
 import math
@@ -70,19 +71,16 @@ NOT_THE_RUN = {"steps", "run_dir", "resume", "eval_every", "save_every", "keep",
 # What its checkpoints were made with, and may not differ at all.
 FIXED = ("model", "dtype", "sft_steps", "sft_batch", "sft_lr")
 RUN_FILES = ("metrics.jsonl", "groups.jsonl", "eval.jsonl", "samples.txt")
+say = functools.partial(print, flush=True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 # ---------------------------------------------------------------------------------------------------------------- Flags
 
-
-class Refusal(Exception):
-    """Something the user asked for cannot work: one line that says what to do, exit code 2."""
-
-
 def need(holds, message):
+    """Refuses what cannot work before anything is written: one line that says what to do, exit code 2."""
     if not holds:
-        raise Refusal(message)
+        raise ValueError(message)
 
 
 def number(kind, low, above=False, below=math.inf):
@@ -289,7 +287,6 @@ def make_tiny_model(path, seed):
 
 # ----------------------------------------------------------------------------------------------------------------- Data
 
-
 def load_data(args, tokenizer):
     """((problems, their prompts' token ids), the same of the held-out file); what does not fit is dropped and said."""
 
@@ -331,7 +328,6 @@ def draw_prompts(seed, cursor, count, size):
 
 # ----------------------------------------------------------------------- Where a run stands, and what a step is made of
 
-
 @dataclass
 class State:
     """What a checkpoint holds besides weights and optimiser: where the run is. Counts are since its beginning."""
@@ -345,6 +341,7 @@ class State:
     skipped_steps: int = 0  # dynamic sampling found no mixed group
     tokens: int = 0  # sampled
     responses: int = 0
+    evaluations: list = field(default_factory=list)  # (step, mean@k) of those made
     alarms: dict = field(default_factory=dict)  # condition -> steps in a row that it has held
     files: dict = field(default_factory=dict)  # size in bytes of each of the run's files when this was saved
 
@@ -479,12 +476,7 @@ class Stop:
             signal.signal(number, handler)
 
 
-def say(text):
-    print(text, flush=True)
-
-
 # -------------------------------------------------------------------------------------------------------------- Rollout
-
 
 @contextlib.contextmanager
 def sampling(label, stop):
@@ -495,14 +487,7 @@ def sampling(label, stop):
             bar.update(count)
             stop.check()
 
-        try:
-            yield watch
-        except ValueError as error:
-            if "not finite" not in str(error):
-                raise
-            raise SystemExit(
-                f"train.py: {label}: {error}; lower --lr and go on from a checkpoint before that: --resume DIR"
-            ) from None
+        yield watch
 
 
 def sample_groups(run, pairs, watch):
@@ -562,7 +547,6 @@ def compute_signals(batch, args):
 
 
 # -------------------------------------------------------------------------------------------------------------- Updates
-
 
 def micro_batches(lengths, budget):
     """Splits rows of `lengths` tokens into lists of rows, longest first, each at most `budget` tokens when padded."""
@@ -737,7 +721,6 @@ def warm_start(run):
 
 # ------------------------------------------------------------------------------------------- Metrics and files of a run
 
-
 def step_metrics(run, batch, signals, totals):
     """The step's line in metrics.jsonl (README explains each name); everything is over the whole step."""
     correct, lengths, state = batch.correct, batch.lengths.double(), run.state
@@ -871,26 +854,7 @@ def append(path, lines):
         os.fsync(file.fileno())
 
 
-def write_whole(path, text):
-    """Writes a small file under another name first, so that it is never seen half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def cut_back(run):
-    """Cuts the run's files to their length at the checkpoint, half-written lines included; later checkpoints go too."""
-    for name in RUN_FILES:
-        path = run.directory / name
-        if path.exists():
-            os.truncate(path, min(run.state.files.get(name, 0), path.stat().st_size))
-    for checkpoint in list_checkpoints(run.directory):
-        if checkpoint.name > checkpoint_name(run):
-            discard(checkpoint)
-
-
 # ---------------------------------------------------------------------------------------------- Checkpoints and exports
-
 
 def checkpoint_name(run):
     # "sft-" sorts before "step-", so that the newest checkpoint is the last name.
@@ -919,12 +883,20 @@ def list_checkpoints(directory):
     return sorted(path.parent for path in (directory / "checkpoints").glob("s*/state.json"))
 
 
-def load_checkpoint(run, path):
-    """Restores weights, optimiser and state."""
-    weights, optimizer = get_state_dict(run.model, run.optimizer)
-    dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=path, no_dist=True)
-    set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
-    run.state = State(**json.loads((path / "state.json").read_text()))
+def go_back(run):
+    """Restores the checkpoint that --resume names, if there is one, and removes what the run did after it."""
+    found = list_checkpoints(run.directory) if run.args.resume == "latest" else [Path(run.args.resume).resolve()]
+    if found:
+        weights, optimizer = get_state_dict(run.model, run.optimizer)
+        dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=found[-1], no_dist=True)
+        set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
+        run.state = State(**json.loads((found[-1] / "state.json").read_text()))
+    for path in (run.directory / name for name in RUN_FILES):
+        if path.exists():  # half-written lines lie beyond the length that was noted, and go too
+            os.truncate(path, min(run.state.files.get(path.name, 0), path.stat().st_size))
+    for checkpoint in list_checkpoints(run.directory):
+        if checkpoint.name > checkpoint_name(run):
+            discard(checkpoint)
 
 
 @contextlib.contextmanager
@@ -955,7 +927,6 @@ def export(run, name, dtype):
 
 
 # -------------------------------------------- Weights in two forms: masters that are trained, and the copy that samples
-
 
 def full(tensor):
     """A sharded tensor as a whole one; any other as it is."""
@@ -1003,7 +974,6 @@ def load_reference(run):
 
 # -------------------------------------------------------------------------------------------------------------- The run
 
-
 def due(step, every, last):
     """Whether something done every so many steps (0: only before and after) is to be done at this one."""
     return step in (0, last) or (every > 0 and step % every == 0)
@@ -1012,7 +982,8 @@ def due(step, every, last):
 def evaluate(run):
     """Evaluates the held-out problems, if it is time: a line in eval.jsonl and one on the console."""
     args, state = run.args, run.state
-    if not (run.held_out and due(state.step, args.eval_every, args.steps)) or state.step in evaluations(run.directory):
+    made = [step for step, _ in state.evaluations]
+    if not run.held_out or state.step in made or not due(state.step, args.eval_every, args.steps):
         return
     with run.clock("evaluate"), sampling(f"evaluation at step {state.step}", run.stop) as watch:
         result = evaluation.evaluate(
@@ -1031,18 +1002,12 @@ def evaluate(run):
         "per_problem": means.tolist(), "per_problem_maj": votes.tolist(),
     }  # fmt: skip
     append(run.directory / "eval.jsonl", [json.dumps(line)])
+    state.evaluations.append([state.step, line["mean"]])
     say(
         f"eval    step {state.step}: mean@{line['k']} {line['mean']:.1%}  maj@{line['k']} {line['maj']:.1%}  "
         f"equal groups {line['equal_groups']:.0%}  len {line['length_mean']:.0f}  "
         f"({len(run.held_out)} problems, {line['seconds']:.1f} s)"
     )
-
-
-def evaluations(directory):
-    """Lines of eval.jsonl so far, by step."""
-    path = directory / "eval.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {line["step"]: line for line in map(json.loads, lines)}
 
 
 def prepare(args):
@@ -1079,23 +1044,24 @@ def record_run(run):
     """run.json: every flag, versions, commit. On resume it says which flags differ from before, and notes them."""
     path, now = run.directory / "run.json", dict(sorted(vars(run.args).items()))
     if run.args.resume:
-        known = json.loads(path.read_text())
-        changed = {name: [known["flags"].get(name), value] for name, value in now.items()
-                   if name not in NOT_THE_RUN and known["flags"].get(name) != value}  # fmt: skip
+        about = json.loads(path.read_text())
+        changed = {name: [about["flags"].get(name), value] for name, value in now.items()
+                   if name not in NOT_THE_RUN and about["flags"].get(name) != value}  # fmt: skip
         for name, (old, new) in changed.items():
             say(f"WARNING {flag(name)} was {old} and is now {new}: from here on this is another run")
-        known.setdefault("resumed", []).append({"step": run.state.step, "changed": changed})
-        write_whole(path, json.dumps(known | {"flags": now}, indent=1) + "\n")
-        return
-    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    packages = ("torch", "transformers", "safetensors", "numpy", "tqdm", "sympy")
-    about = {
-        "flags": now, "command": sys.argv, "commit": git.stdout.strip() or None, "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages}, "host": platform.platform(),
-        "threads": torch.get_num_threads(), "parameters": sum(p.numel() for p in run.model.parameters()),
-        "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-    }  # fmt: skip
-    write_whole(path, json.dumps(about, indent=1) + "\n")
+        about.setdefault("resumed", []).append({"step": run.state.step, "changed": changed})
+    else:
+        git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        packages = ("torch", "transformers", "safetensors", "numpy", "tqdm", "sympy")
+        about = {
+            "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "command": sys.argv, "commit": git.stdout.strip() or None,
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "python": platform.python_version(), "host": platform.platform(), "threads": torch.get_num_threads(),
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+        }  # fmt: skip
+    temporary = path.with_suffix(".tmp")  # never seen half-written
+    temporary.write_text(json.dumps(about | {"flags": now}, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def start(run):
@@ -1106,10 +1072,7 @@ def start(run):
         shard(run.model, torch.bfloat16)
     run.optimizer = make_optimizer(run.model, args)
     if args.resume:
-        found = list_checkpoints(run.directory) if args.resume == "latest" else [Path(args.resume).resolve()]
-        if found:
-            load_checkpoint(run, found[-1])
-        cut_back(run)
+        go_back(run)
     record_run(run)
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     say(f"model   {run.model.source}: {parameters:.1f} M parameters, {args.dtype}, {args.device}, "
@@ -1129,7 +1092,11 @@ def train(run):
     while True:
         sync_weights(run)
         evaluate(run)
-        save(run)
+        with run.clock("save"):
+            if state.step and due(state.step, args.save_every, args.steps):
+                save_checkpoint(run)
+            if state.step and args.export_every and state.step % args.export_every == 0:
+                export(run, f"model-{state.step:06d}", args.export_dtype)
         if state.step >= args.steps:
             break
         run.stop.check()
@@ -1146,24 +1113,13 @@ def train(run):
     summarise(run)
 
 
-def save(run):
-    """A checkpoint and an export, each if it is time."""
-    args, step = run.args, run.state.step
-    with run.clock("save"):
-        if step and due(step, args.save_every, args.steps):
-            save_checkpoint(run)
-        if step and args.export_every and step % args.export_every == 0:
-            export(run, f"model-{step:06d}", args.export_dtype)
-
-
 def summarise(run):
     """Exports the model and says what came of the run, and where everything lies."""
     export(run, "model", run.args.export_dtype)
-    found = list(evaluations(run.directory).values())
-    if len(found) > 1:
-        best = max(found, key=lambda line: line["mean"])
-        say(f"held-out mean@{best['k']}: {found[0]['mean']:.1%} before, {found[-1]['mean']:.1%} after {run.state.step} "
-            f"steps; the best of all evaluations, {best['mean']:.1%}, was at step {best['step']}")  # fmt: skip
+    if len(found := run.state.evaluations) > 1:
+        step, best = max(found, key=lambda line: line[1])
+        say(f"held-out mean@{run.args.eval_samples}: {found[0][1]:.1%} before, {found[-1][1]:.1%} after {found[-1][0]} "
+            f"steps; the best of all evaluations, {best:.1%}, was at step {step}")  # fmt: skip
     say(f"run     {run.directory}: metrics.jsonl eval.jsonl groups.jsonl samples.txt run.json checkpoints/ model/")
 
 
@@ -1173,7 +1129,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         run = prepare(args)
-    except (Refusal, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     run.clock, run.stop = Clock(args.device), Stop()
@@ -1185,6 +1141,12 @@ def main(argv=None):
         path = save_checkpoint(run)
         say(f"stopped by {run.stop.signal}; saved {path}. To go on: python train.py --run-dir {run.directory} --resume "
             "latest")  # fmt: skip
+    except ValueError as error:
+        if "not finite" not in str(error):  # the sampler's word on weights that are no longer numbers
+            raise
+        raise SystemExit(
+            f"train.py: after step {run.state.step}: {error}; lower --lr and go back to a checkpoint: --resume DIR"
+        ) from None
     except KeyboardInterrupt:
         print(f"train.py: stopped at once; --run-dir {run.directory} --resume latest goes back to the last checkpoint",
               file=sys.stderr)  # fmt: skip
