@@ -99,12 +99,13 @@ NUMBER = re.compile(
 ANSWER = r"(?:answer|réponse|respuesta|resposta|risposta|antwort|ответ|答案|答え|答)"
 LABEL = re.compile(rf"{ANSWER}\s?(?:\*\*|\}})?\s?[:：=]\s?(?:\*\*|\}})?", re.I)
 FINAL = re.compile(r"final (?:answer|result) (?:is|are|=)\s?:?", re.I)
-PHRASE = re.compile(rf"{ANSWER}[^\n.:：$]{{0,40}}?(?:\b(?:is|are|est|es|ist|è|é)\b|是|为|為|は)\s?:?", re.I)
+IS = r"(?:\b(?:is|are|est|es|ist|è|é)\b|是|为|為|は)"
+PHRASE = re.compile(rf"(?:{ANSWER}|solution|result)[^\n.:：$]{{0,40}}?{IS}\s?:?", re.I)
 LETTER = re.compile(
-    r"(?:\bit'?s|\bis|\bbe|\best|\bchoose|\boption|\bchoice|\bpick|\bselect)\s?:?\s?[(*]{0,3}([A-J])(?![A-Za-z0-9'])"
+    r"\b(?i:it'?s|is|be|est|choose|option|choice|pick|select)\s?:?\s?[(*]{0,3}([A-J])(?![A-Za-z0-9'])"
     r"|\A\W{0,3}([A-J])(?=[.,:;)*]|\s*\Z|[^\x00-\x7f])")  # fmt: skip
 BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
-CLAUSE_LETTER = re.compile(r"(?:^|(?<=[\s(]))([A-J])(?=$|[\s,.):])(?! [a-z])")
+CLAUSE_LETTER = re.compile(r"(?:^|(?<=[\s(]))([A-J])(?=$|[\s,.):])(?! [a-z])|^([B-J]) [a-z]{3}")
 SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>")
 # Two words side by side, or two letters of a script without spaces; LaTeX's own words do not count.
 PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-zÀ-ÿ]{2,20}[:,]?\s+(?:[^\W\d]{1,20}\s|[\\$(\d])|[^\W\d_A-Za-zÀ-ÿα-ωΑ-Ω]{2}")
@@ -174,11 +175,12 @@ def from_clause(pattern: re.Pattern, text: str) -> str | None:
     lines = text[match.end() : match.end() + MAX_ANSWER].lstrip(" *:").split("\n", 3)[:3]
     line = next((line.strip() for line in lines if line.strip(" *\r")), "")
     sentence = re.split(r"[.!?](?:\s|$)|[。！]", line, maxsplit=1)[0].strip(" *\"'`")
+    letter = CLAUSE_LETTER.search(sentence)
     for candidate in (sentence, last_run(find_formulas(line), line), from_bold(line)):
-        if readable(candidate):
+        if readable(candidate) and not (letter and letter[2]):
             return candidate
-    if letter := CLAUSE_LETTER.search(sentence):
-        return letter[1]
+    if letter:
+        return letter[1] or letter[2]
     numbers = list(NUMBER.finditer(sentence))
     if numbers:  # "42, since 6 x 7 = 42", but "Jane started 3 hours ago"
         return numbers[0 if numbers[0].start() == 0 else -1][0]
@@ -346,7 +348,8 @@ def tokenise(text: str) -> list[Token]:
         if kind == "word":
             tokens += split_word(value, tokens[-1] if tokens else Token("op", ""))
         elif kind == "text":
-            tokens.append(Token("number", DIGITS[value]) if value in DIGITS else Token("text", value))
+            kind = "number" if value in DIGITS else "name" if value in KNOWN else "text"
+            tokens.append(Token(kind, DIGITS.get(value, value)))
         elif kind == "command" and value.startswith(("quad", "qquad")):  # "\quadx" in real answers
             position -= len(value) - (5 if value[1] == "q" else 4)
         elif kind in ("command", "op"):
@@ -372,7 +375,8 @@ def split_word(word: str, before: Token) -> list[Token]:
     if lower in ("and", "or"):
         return [Token("text", lower)]
     glued = GLUED.match(word)
-    if (after_number and unit_name(word)) or lower in SHORT_WORDS or (len(word) > 3 and not glued):
+    a_unit = after_number and unit_name(word)
+    if a_unit or before.kind == "text" or lower in SHORT_WORDS or (len(word) > 3 and not glued):
         return [Token("text", "inch" if word == "in" else word)]
     return [Token("name", part) for part in ([glued[1], *glued[2]] if glued else word)]
 
@@ -529,16 +533,18 @@ def is_rational(value) -> bool:
 RELATIONS = {"=", "~", "<", "<=", ">", ">=", "!=", "in"}
 SEPARATORS = RELATIONS | {",", ";", "and", "or"}
 OPENING, CLOSING = {"(", "[", "{", "set{"}, {")", "]", "}", "set}"}
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 UNIT_SIGNS = {"^", "/", "*", "2", "3", "{", "}"}
 BRACKETS = {"(": ")]", "[": ")]", "{": "}", "set{": ("set}",)}
 ARGUMENT = r"\([A-Za-z0-9_,]{1,40}\)"
 NAME = re.compile(rf"[A-Za-z]+(?:_[A-Za-z0-9]+)?'*(?:\^-1)?(?:{ARGUMENT})?|{ARGUMENT}")
+EVENT = re.compile(r"[A-Z]\([^()]{1,40}\)")  # P(X = 2)
 REAL_LINE = Seq("()", (Leaf(-sympy.oo), Leaf(sympy.oo)))
 
 
 class Parser:
     def __init__(self, tokens: list[Token]):
-        self.tokens, self.at = [*tokens, Token("end", "")], 0
+        self.tokens, self.at = [*tokens, *[Token("end", "")] * 3], 0  # three, for looking ahead
         self.depth = self.steps = 0
         self.sign, self.two_signs = 1, False  # which of the two values of ± is being read, and whether there is a ±
         self.approximate, self.unit, self.operations = False, "", 0  # of the leaf being read
@@ -598,6 +604,7 @@ class Parser:
 
     def relation(self):
         sides, names, ops = [], [], []
+        self.accept("=", "~")  # "≈ 3.14"
         while not sides or (self.kind == "op" and self.coming in RELATIONS):
             ops += [self.next().text] if sides else []
             name, words = self.name_ahead()
@@ -617,11 +624,15 @@ class Parser:
             end += 1
         side = self.tokens[self.at : end]
         spelling = "".join(part.text for part in side if part.text not in "{}")
+        if len(side) == 2 and side[0].text in FUNCTIONS and side[1].kind == "name":  # cos A
+            return spelling, 0
         if len(side) > 40 or any(part.text in FUNCTIONS or part.text in CONSTANTS for part in side):
             return "", 0
         if any(part.kind == "text" or (part.kind == "command" and part.text not in STRUCTURE) for part in side):
             words = token.text in ("=", "~") and all(part.kind != "number" for part in side)
             return (spelling, len(side)) if words else ("", 0)
+        if EVENT.fullmatch(spelling) and not NAME.fullmatch(spelling):
+            return (spelling, len(side)) if token.text in ("=", "~") else ("", 0)
         return (spelling, 0) if NAME.fullmatch(spelling) else ("", 0)
 
     def union(self):
@@ -647,6 +658,8 @@ class Parser:
         else:
             value = self.descend(self.sum)
             if isinstance(value, sympy.Expr):
+                if self.coming in SCALES:
+                    value = multiply(value, Integer(10) ** SCALES[self.next().text])
                 self.unit_tail(bool(value.free_symbols))
                 value = Leaf(value, self.approximate, self.unit, self.operations < 2)
         self.approximate, self.unit = outer[0] or self.approximate, outer[1]
@@ -655,13 +668,13 @@ class Parser:
 
     def unit_tail(self, symbolic: bool) -> None:
         r"""What follows a number: 5 cm, 64 square feet, 3 \text{m/s}^2, 42 apples, 33 pct; others are dropped."""
-        words = []
+        words, start = [], self.at
         while self.kind == "text" or (words and (self.kind == "name" or self.coming in UNIT_SIGNS)):
             if self.coming in SEPARATORS or (self.coming == "}" and "{" not in words):
                 break
             words.append(self.next().text)
         units = [word if word in UNIT_SIGNS else unit_name(word) for word in words]
-        if symbolic and None in units:
+        if None in units and (symbolic or any(token.kind == "name" for token in self.tokens[start : self.at])):
             raise Unparsed("words after a formula")
         if words and None not in units:
             scale = {"sq": "^2", "cubic": "^3"}.get(units[0], "")
@@ -1186,7 +1199,7 @@ def same_seq(left: Seq, right: Seq) -> bool:
     return all(map(same, left.items, right.items))
 
 
-OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s?\S")
+OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s*(\S.*)", re.S)
 
 
 def compare(answer: str, reference: str) -> bool:
@@ -1195,9 +1208,9 @@ def compare(answer: str, reference: str) -> bool:
     if left.text == right.text or (None not in (left.value, right.value) and same(left.value, right.value)):
         return True
     for one, other, spelling in ((left, right, reference), (right, left, answer)):
-        letter = one.text.strip("()")
-        if re.fullmatch("[A-J]", letter) and (option := OPTION.match(normalise(spelling))):
-            return option[1] == letter
+        if option := OPTION.match(normalise(spelling)):
+            letter = re.fullmatch("[A-J]", one.text.strip("()"))
+            return option[1] == letter[0] if letter else parse(option[2]).text == one.text
         if isinstance(one.value, Seq) and isinstance(other.value, Leaf) and "," in spelling:
             relisted = parse(spelling, thousands=False).value
             return relisted is not None and same(one.value, relisted)
