@@ -2,16 +2,18 @@
 
     python data/make_arithmetic.py            # writes arithmetic_train.jsonl and arithmetic_test.jsonl beside this file
 
-Level 1  one-digit sums and differences              7+8=?
-Level 2  a two-digit and a one-digit number          47-9=?
-Level 3  three terms                                 7+8-4=?
-Level 4  a product and two or three more terms       3*4+7-2=?
-Level 5  two fractions of one denominator            5/9+1/9=?     (2/3, 6/9 and \\frac{2}{3} are all right)
+Level 1  one-digit sums and differences              7+8
+Level 2  a two-digit and a one-digit number          47-9
+Level 3  three terms                                 7+8-4
+Level 4  a product and three or four more terms      3*4+7-2+5
+Level 5  two fractions of one denominator            5/9+1/9       (2/3, 6/9 and \\frac{2}{3} are all right)
 
-Every `solution` in the training file is right, in one of two styles: *worked*, a line for each operation and then the
-boxed result, or *bare*, the boxed result alone. The harder the level, the rarer the worked style, as in text found in
-the wild. A tiny model that is warmed up on them cannot do the harder levels in its head, so what reinforcement
-learning has to discover is to show its work. `require_value` asks for a value: `\\boxed{7+8}` is no answer to 7+8.
+A problem is asked as an exercise ("Solve 7+8-4") or in a quiz ("Quiz: 7+8-4"). Every `solution` in the training file
+is right, in one of two styles: *worked*, a line for each operation and then the boxed result, or *bare*, the boxed
+result alone. Exercises come with worked solutions and quizzes nearly always with bare ones, as in text found in the
+wild. So a tiny model that is warmed up on them can work problems out, but in a quiz it blurts out an answer, which for
+the harder levels it cannot find in its head; reinforcement learning has to discover that showing the work pays there
+too. `require_value` asks for a value: `\\boxed{7+8}` is no answer to 7+8.
 """
 
 import argparse
@@ -20,9 +22,9 @@ import os
 import random
 from fractions import Fraction
 
-WORKED_SHARE = {1: 0.7, 2: 0.6, 3: 0.5, 4: 0.25, 5: 0.3}        # of the demonstrations of a level
-TRAIN_PROBLEMS = {1: 90, 2: 1100, 3: 3000, 4: 3200, 5: 610}     # there are 126 of level 1, 725 of level 5
-TEST_PROBLEMS = {1: 20, 2: 40, 3: 50, 4: 50, 5: 40}
+WORKED_SHARE = {"Solve {}": 0.95, "Quiz: {}": 0.1}             # of the demonstrations
+TRAIN_EXPRESSIONS = {1: 106, 2: 600, 3: 1200, 4: 1500, 5: 250}  # there are 126 of level 1, 288 of level 5
+TEST_EXPRESSIONS = {1: 10, 2: 20, 3: 25, 4: 30, 5: 15}
 
 
 def chain(terms):
@@ -39,7 +41,7 @@ def chain(terms):
 
 def fraction_problem(rng):
     """A sum or difference of two fractions of one denominator -> (text, worked lines, value)."""
-    d = rng.randint(3, 12)
+    d = rng.randint(2, 9)
     a, b = rng.randint(1, d - 1), rng.randint(1, d - 1)
     sign = "+" if a <= b else rng.choice("+-")
     total = a + b if sign == "+" else a - b
@@ -62,7 +64,7 @@ def problem(level, rng):
         else:
             a = rng.randint(1, 9) if level == 1 or (level == 3 and rng.random() < 0.5) else rng.randint(10, 89)
             terms, first = [("+", a, str(a))], []
-        for _ in range({1: 1, 2: 1, 3: 2, 4: rng.randint(2, 3)}[level]):
+        for _ in range({1: 1, 2: 1, 3: 2, 4: rng.randint(3, 4)}[level]):
             d = rng.randint(1, 9)
             terms.append((rng.choice("+-"), d, str(d)))
         lines, value = chain(terms)
@@ -71,20 +73,19 @@ def problem(level, rng):
 
 
 def make(counts, rng, taken):
-    """Distinct problems, `counts[level]` of each level, none whose text is in `taken` (which grows)."""
+    """Distinct expressions, `counts[level]` of each level and none in `taken` (which grows), each asked both ways."""
     rows = []
     for level, count in counts.items():
-        made = 0
-        while made < count:
+        while count:
             text, lines, value = problem(level, rng)
             if text in taken:
                 continue
             taken.add(text)
-            made += 1
-            worked = rng.random() < WORKED_SHARE[level]
-            solution = "\n".join([*(lines if worked else []), f"\\boxed{{{value}}}"])
-            rows.append({"problem": f"{text}=?", "answer": str(value), "solution": solution,
-                         "level": level, "require_value": True})
+            count -= 1
+            for question, share in WORKED_SHARE.items():
+                solution = "\n".join([*(lines if rng.random() < share else []), f"\\boxed{{{value}}}"])
+                rows.append({"problem": question.format(text), "answer": str(value), "solution": solution,
+                             "level": level, "require_value": True})
     rng.shuffle(rows)
     return rows
 
@@ -95,7 +96,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, taken = random.Random(args.seed), set()
-    test, train = make(TEST_PROBLEMS, rng, taken), make(TRAIN_PROBLEMS, rng, taken)
+    test, train = make(TEST_EXPRESSIONS, rng, taken), make(TRAIN_EXPRESSIONS, rng, taken)
     for row in test:
         del row["solution"]                                    # nobody trains on them
     for name, rows in (("train", train), ("test", test)):
