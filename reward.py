@@ -20,7 +20,6 @@ import math
 import os
 import queue
 import re
-import resource
 import select
 import signal
 import subprocess
@@ -1451,6 +1450,8 @@ class Verifier:
 
 def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:
     """A worker. It ends with its parent (EOF, and the death signal on Linux) and on a runaway answer (CPU, memory)."""
+    import resource  # not there on Windows, where Verifier says so by name
+
     for ignored in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and preemption are the trainer's to handle
         signal.signal(ignored, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
