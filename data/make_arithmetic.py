@@ -22,9 +22,9 @@ import os
 import random
 from fractions import Fraction
 
-WORKED_SHARE = {"Solve {}": 0.95, "Quiz: {}": 0.1}             # of the demonstrations
-TRAIN_EXPRESSIONS = {1: 106, 2: 600, 3: 1200, 4: 1500, 5: 250}  # there are 126 of level 1, 288 of level 5
-TEST_EXPRESSIONS = {1: 10, 2: 20, 3: 25, 4: 30, 5: 15}
+QUESTIONS = {"Quiz: {}": (1.0, 0.05), "Solve {}": (0.6, 0.95)}  # share of expressions asked so, of worked solutions
+TRAIN_EXPRESSIONS = {1: 106, 2: 700, 3: 1500, 4: 1900, 5: 260}  # there are 126 of level 1, 288 of level 5
+TEST_EXPRESSIONS = {1: 10, 2: 25, 3: 35, 4: 40, 5: 15}
 
 
 def chain(terms):
@@ -73,7 +73,7 @@ def problem(level, rng):
 
 
 def make(counts, rng, taken):
-    """Distinct expressions, `counts[level]` of each level and none in `taken` (which grows), each asked both ways."""
+    """Distinct expressions, `counts[level]` of each level and none in `taken` (which grows), asked in one way or both."""
     rows = []
     for level, count in counts.items():
         while count:
@@ -82,8 +82,10 @@ def make(counts, rng, taken):
                 continue
             taken.add(text)
             count -= 1
-            for question, share in WORKED_SHARE.items():
-                solution = "\n".join([*(lines if rng.random() < share else []), f"\\boxed{{{value}}}"])
+            for question, (asked, worked) in QUESTIONS.items():
+                if rng.random() >= asked:
+                    continue
+                solution = "\n".join([*(lines if rng.random() < worked else []), f"\\boxed{{{value}}}"])
                 rows.append({"problem": question.format(text), "answer": str(value), "solution": solution,
                              "level": level, "require_value": True})
     rng.shuffle(rows)
