@@ -20,7 +20,6 @@ import math
 import os
 import queue
 import re
-import resource
 import select
 import signal
 import subprocess
@@ -43,6 +42,7 @@ from sympy import Add, Integer, Mul, Pow, Rational, Symbol
 MAX_RESPONSE = 100_000  # characters of a response that are read, from its end
 MAX_ANSWER = 2_000  # characters (the longest answer of MATH has about 300)
 MAX_TOKENS, MAX_DEPTH, MAX_STEPS = 500, 160, 5_000  # of the parser; a pair of brackets takes four levels of depth
+MAX_LEAVES = 64  # values of a list, set or matrix (comparing two takes the square of it)
 MAX_BITS = 40_000  # of a number that is computed exactly (2004! has 19,000)
 MAX_WORK = 40_000  # of one numeric evaluation, see value_at; below 0.1 s
 MAX_MAGNITUDE = 1 << 17  # bits before the point in numeric evaluation
@@ -896,13 +896,22 @@ def intervals_between(points) -> Seq:
     return Seq("union", tuple(Seq("()", pair) for pair in pairwise(ends)))
 
 
+def leaves(value, depth: int = 0) -> int:
+    """The number of values in collections within collections; too deep a nest counts as too many."""
+    inside = value.sides if isinstance(value, Relation) else value.items if isinstance(value, Seq) else ()
+    inside = sum(inside, ()) if is_kind(value, "matrix") else inside
+    if inside and depth == 4:
+        return MAX_LEAVES + 1
+    return sum(leaves(item, depth + 1) for item in inside) if inside else 1
+
+
 class Parsed(NamedTuple):
     text: str  # normalised spelling, for comparison as text
     value: object  # Leaf, Seq, Relation, str (words); None where the answer is not in the grammar
     why: str = ""
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def parse(text: str, thousands: bool = True) -> Parsed:
     """A whole answer. What is not in the grammar, or beyond the limits, is text and nothing else."""
     if len(text) > MAX_ANSWER:
@@ -912,7 +921,10 @@ def parse(text: str, thousands: bool = True) -> Parsed:
     try:
         tokens = tokenise(text)
         spelling = "".join(token.text.casefold() if token.kind == "text" else token.text for token in tokens)
-        return Parsed(spelling, Parser(tokens).answer())
+        value = Parser(tokens).answer()
+        if leaves(value) > MAX_LEAVES:
+            raise Unparsed("too many values")
+        return Parsed(spelling, value)
     except Unparsed as error:
         return Parsed(spelling, None, str(error))
 
@@ -970,7 +982,7 @@ def evaluate(expr, k: int, real: bool):
     return result
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def survey(expr) -> tuple[int, int, int, bool, bool]:
     """(bits of the largest rational, nodes, cost of its functions, has variables, needs real points)."""
     nodes = list(sympy.preorder_traversal(expr))
@@ -981,7 +993,7 @@ def survey(expr) -> tuple[int, int, int, bool, bool]:
     return largest, len(nodes), cost, variable, not REAL_ONLY.isdisjoint(kinds)
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=4096)
 def value_at(expr, k: int, real: bool, precision: int):
     """evaluate, remembered; None where there is no value, or where it would take too much work."""
     _, nodes, functions, *_ = survey(expr)
@@ -1066,17 +1078,13 @@ REGIONS = ("()", "[]", "(]", "[)", "union", "set")
 
 
 def single(value):
-    """A collection of one value is that value."""
-    while is_kind(value, "set", "list", "union") and len(items := distinct(value.items)) == 1:
-        value = items[0]
+    """A collection of one value, repeated or not, is that value."""
+    while is_kind(value, "set", "list", "union") and value.items:
+        first, *rest = value.items
+        if not all(same(first, other) for other in rest):
+            return value
+        value = first
     return value
-
-
-def distinct(items) -> list:
-    kept: list = []
-    for item in items:
-        kept += [] if any(same(item, other) for other in kept) else [item]
-    return kept
 
 
 def same_leaf(left: Leaf, right: Leaf) -> bool:
@@ -1190,8 +1198,8 @@ def same_seq(left: Seq, right: Seq) -> bool:
         shapes = [[len(row) for row in matrix] if matrix else None for matrix in (rows, others)]
         return shapes[0] is not None and shapes[0] == shapes[1] and all(map(same, sum(rows, ()), sum(others, ())))
     if "union" in kinds or kinds <= {"set", "list"}:  # in any order
-        one, other = (distinct(pieces(seq) if "union" in kinds else seq.items) for seq in (left, right))
-        return len(one) == len(other) and all(any(same(item, match) for match in other) for item in one)
+        one, other = (pieces(seq) if "union" in kinds else seq.items for seq in (left, right))
+        return all(any(same(a, b) for b in other) for a in one) and all(any(same(a, b) for a in one) for b in other)
     if len(left.items) != len(right.items) or "set" in kinds:
         return False
     if len(kinds) == 2 and "list" not in kinds and (len(left.items) == 2 or kinds != {"()", "[]"}):
@@ -1264,17 +1272,20 @@ def explain(response: str, reference: str, require_value: bool = False) -> Expla
 
 
 def answer_classes(answers: list[str | None]) -> list[int]:
-    """The class of each answer, numbered by first appearance; -1 where there is none. Equality is closed transitively,
-    so the partition does not depend on the order."""
-    spellings = list(dict.fromkeys(answer for answer in answers if answer is not None))
-    label = list(range(len(spellings)))
-    for j, later in enumerate(spellings):
-        for i in range(j):
-            if label[i] != label[j] and (is_equivalent(later, spellings[i]) or is_equivalent(spellings[i], later)):
-                low, high = sorted((label[i], label[j]))
-                label = [low if entry == high else entry for entry in label]
-    of, numbers = dict(zip(spellings, label)), {}
-    return [-1 if answer is None else numbers.setdefault(of[answer], len(numbers)) for answer in answers]
+    """The class of each answer, numbered by first appearance; -1 where there is none. Equality (the same in both
+    directions) is closed transitively, so the partition does not depend on the order."""
+    spellings = {answer: reference_answer(answer) for answer in answers if answer is not None}
+    label = dict.fromkeys(spellings)  # -> the first spelling of its class
+    for later in label:
+        label[later] = later
+        for earlier in spellings:
+            if earlier == later:
+                break
+            if label[earlier] != label[later] and compare(spellings[later], spellings[earlier]):
+                kept, merged = label[earlier], label[later]
+                label = {spelling: kept if first == merged else first for spelling, first in label.items()}
+    numbers: dict[str, int] = {}
+    return [-1 if answer is None else numbers.setdefault(label[answer], len(numbers)) for answer in answers]
 
 
 # -- the pool of workers -----------------------------------------------------------------------------------------------
@@ -1439,6 +1450,8 @@ class Verifier:
 
 def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:
     """A worker. It ends with its parent (EOF, and the death signal on Linux) and on a runaway answer (CPU, memory)."""
+    import resource  # not there on Windows, where Verifier says so by name
+
     for ignored in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and preemption are the trainer's to handle
         signal.signal(ignored, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

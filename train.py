@@ -508,6 +508,8 @@ class Stop:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
+        # Not print(): the signal may have come in the middle of one.
+        os.write(2, f"\n{self.signal}: stopping at the next safe place; Ctrl-C (again) stops at once\n".encode())
 
     def check(self):
         """Between phases: stops here if a signal has reached any rank. All ranks ask, and all get the same answer."""
@@ -529,15 +531,10 @@ class Stop:
 # -------------------------------------------------------------------------------------------------------------- Rollout
 
 @contextlib.contextmanager
-def sampling(label, stop):
+def token_bar(run, label):
     """A callback for the sampler: a bar in tokens, and the place where a signal ends the sampling."""
     with tqdm(desc=label, unit="tok", leave=False, disable=None if rank() == 0 else True) as bar:
-
-        def watch(count):
-            bar.update(count)
-            stop.poll()
-
-        yield watch
+        yield lambda count: (bar.update(count), run.stop.poll())
 
 
 def sample_groups(run, pairs, watch):
@@ -581,7 +578,7 @@ def rollout(run):
     Dynamic sampling draws again, at most --max-rounds times, until there are P groups with both verdicts; what it
     drops was paid for, and counts in the metrics. Nothing of the run's state changes: a signal may end it anywhere."""
     args, batch, kept, rounds = run.args, None, [], 0
-    with sampling(f"step {run.state.step + 1}", run.stop) as watch:
+    with token_bar(run, f"step {run.state.step + 1}") as watch:
         while rounds < (args.max_rounds if args.dynamic_sampling else 1) and len(kept) < args.prompts_per_step:
             cursor = run.state.cursor + rounds * args.prompts_per_step
             drawn = draw_prompts(args.seed, cursor, args.prompts_per_step, len(run.problems))
@@ -782,7 +779,9 @@ def warm_start(run):
     The learning rate rises over the first 5 % of the steps and falls along a cosine to 5 % of its peak."""
     args, state, indices = run.args, run.state, sorted(run.replies)
     started, totals = time.perf_counter(), Totals()
-    for step in tqdm(range(state.sft_step, args.sft_steps), "warm start", unit="update", leave=False, disable=None if rank() == 0 else True):
+    bar = tqdm(range(state.sft_step, args.sft_steps), "warm start", unit="update", leave=False,
+               disable=None if rank() == 0 else True)  # fmt: skip
+    for step in bar:
         # Asked before and not after: a checkpoint with the last step behind it must hold the next phase's optimiser.
         run.stop.check()
         drawn = draw_prompts(args.seed + 1, step * args.sft_batch, args.sft_batch, len(indices))
@@ -811,31 +810,25 @@ def warm_start(run):
 
 def step_metrics(run, batch, signals, totals):
     """The step's line in metrics.jsonl (README explains each name); everything is over the whole step."""
-    correct, lengths, state = batch.correct, batch.lengths.double(), run.state
-    metrics = {
-        "step": state.step,
-        "reward": signals.rewards.mean(),
-        "accuracy": correct.double().mean(),
-        "loss": None,  # as grad_norm, stays so where the step made no update
-        "grad_norm": None,
-        "all_wrong": (~correct.any(dim=1)).double().mean(),
-        "all_right": correct.all(dim=1).double().mean(),
-        "mixed": copo.is_mixed(correct).double().mean(),
-        "consistency_entropy": signals.entropy.mean(),
-        "local_weight": signals.weight.mean(),
-        "zero_gradient_groups": (signals.effective.abs().amax(dim=1) < 1e-9).double().mean(),
-        "wrong_pushed_up": ((signals.effective > 0) & ~correct).sum() / (~correct).sum().clamp(min=1),
-        "length_mean": lengths.mean(),
-        "length_max": lengths.max(),
-        "finished": batch.finished.double().mean(),
-        "no_answer": (batch.classes == -1).double().mean(),
-        "lr": run.optimizer.param_groups[0]["lr"],
-    } | totals.means()  # fmt: skip
+    correct, wrong, lengths = batch.correct, ~batch.correct, batch.lengths.double()
+    shares = {
+        "all_wrong": wrong.all(dim=1), "all_right": correct.all(dim=1), "mixed": copo.is_mixed(correct),
+        "zero_gradient_groups": signals.effective.abs().amax(dim=1) < 1e-9,
+        "finished": batch.finished, "no_answer": batch.classes == -1, "accuracy": correct,
+    }  # fmt: skip
+    means = {
+        "reward": signals.rewards, "consistency_entropy": signals.entropy, "local_weight": signals.weight,
+        "length_mean": lengths,
+    }  # fmt: skip
+    metrics = {"step": run.state.step, "loss": None, "grad_norm": None}  # None stays where there was no update
+    metrics |= {name: value.double().mean().item() for name, value in (means | shares).items()}
+    metrics |= {"length_max": lengths.max().item(), "lr": run.optimizer.param_groups[0]["lr"]}
+    metrics["wrong_pushed_up"] = (((signals.effective > 0) & wrong).sum() / wrong.sum().clamp(min=1)).item()
+    metrics |= totals.means()
     if "local_share" in metrics:
         metrics["global_share"] = 1 - metrics["local_share"]
-    metrics |= {name: getattr(state, name) for name in ("updates", "skipped_updates", "skipped_steps", "cursor")}
-    metrics |= {"tokens": state.tokens, "responses": state.responses}
-    return {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
+    counters = ("updates", "skipped_updates", "skipped_steps", "cursor", "tokens", "responses")
+    return metrics | {name: getattr(run.state, name) for name in counters}
 
 
 def speed_metrics(clock, tokens_sampled, tokens_trained):
@@ -853,18 +846,15 @@ def speed_metrics(clock, tokens_sampled, tokens_trained):
 
 def group_lines(run, batch, signals):
     """The step's lines for groups.jsonl, a dict a prompt, in data order."""
-
-    def short(values):  # six digits: enough to recompute every formula, at a third of the size
-        return [float(f"{x:.6g}") for x in values.tolist()]
-
+    # Six digits are enough to recompute every formula, at a third of the size.
+    short = Signals(*(part.mul(1e6).round().div(1e6).tolist() for part in signals))
     for i, index in enumerate(batch.indices):
         classes = batch.classes[i].tolist()
         yield {
-            "step": run.state.step, "row": run.problems[index].row, "H": short(signals.entropy)[i],
-            "R": short(signals.global_rewards)[i], "global_adv": short(signals.global_adv)[i],
-            "correct": batch.correct[i].int().tolist(), "reward": short(signals.rewards[i]), "class": classes,
-            "length": batch.lengths[i].tolist(), "finished": batch.finished[i].int().tolist(),
-            "weight": short(signals.weight[i]), "local_adv": short(signals.local_adv[i]),
+            "step": run.state.step, "row": run.problems[index].row, "H": short.entropy[i],
+            "R": short.global_rewards[i], "global_adv": short.global_adv[i], "correct": batch.correct[i].int().tolist(),
+            "reward": short.rewards[i], "class": classes, "length": batch.lengths[i].tolist(),
+            "finished": batch.finished[i].int().tolist(), "weight": short.weight[i], "local_adv": short.local_adv[i],
             "answers": {str(c): batch.answers[i][classes.index(c)] for c in sorted(set(classes))},
         }  # fmt: skip
 
@@ -892,8 +882,8 @@ def sample_table(run, batch, signals):
 
 def console_line(m, steps):
     """One step for a person to read."""
-    phases = " ".join(f"{name} {m[f'seconds_{name}']:.1f}" for name in ("sample", "verify", "logprobs", "update")
-                      if m.get(f"seconds_{name}", 0) >= 0.05)  # fmt: skip
+    phases = {name: m.get(f"seconds_{name}", 0) for name in ("evaluate", "sample", "verify", "logprobs", "update")}
+    phases = " ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
     return (
         f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  wrong/mixed/right "
         f"{m['all_wrong']:3.0%}/{m['mixed']:3.0%}/{m['all_right']:3.0%}  H {m['consistency_entropy']:.2f}  "
@@ -985,6 +975,8 @@ def go_back(run):
     gather(None)  # all have read before anything is removed
     if rank() != 0:
         return
+    for stale in [*run.directory.rglob(".*.tmp"), *run.directory.rglob(".*.old")]:
+        shutil.rmtree(stale)
     for path in (run.directory / name for name in RUN_FILES):
         if path.exists():  # half-written lines lie beyond the length that was noted, and go too
             os.truncate(path, min(run.state.files.get(path.name, 0), path.stat().st_size))
@@ -1090,7 +1082,7 @@ def evaluate(run):
     if not run.held_out or state.step in made or not due(state.step, args.eval_every, args.steps):
         return
     shares = [range(r, len(run.held_out), world()) for r in range(world())]
-    with run.clock("evaluate"), sampling(f"evaluation at step {state.step}", run.stop) as watch:
+    with run.clock("evaluate"), token_bar(run, "evaluation") as watch:
         try:
             result = evaluation.evaluate(
                 run.sampler, run.tokenizer, [run.held_out[i] for i in shares[rank()]], run.verifier,
@@ -1114,11 +1106,9 @@ def evaluate(run):
     }  # fmt: skip
     append(run.directory / "eval.jsonl", [json.dumps(line)])
     state.evaluations.append([state.step, line["mean"]])
-    say(
-        f"eval    step {state.step}: mean@{line['k']} {line['mean']:.1%}  maj@{line['k']} {line['maj']:.1%}  "
+    say(f"eval    step {state.step}: mean@{line['k']} {line['mean']:.1%}  maj@{line['k']} {line['maj']:.1%}  "
         f"equal groups {line['equal_groups']:.0%}  len {line['length_mean']:.0f}  "
-        f"({len(run.held_out)} problems, {line['seconds']:.1f} s)"
-    )
+        f"({len(means)} problems, {line['seconds']:.1f} s)")  # fmt: skip
 
 
 def prepare(args):

@@ -18,6 +18,7 @@ import pytest
 import reward
 
 EQUAL = [
+    ("\\\\frac{1}{2}", "1/2"), ("$-2 \\\\le x \\\\le 7$", "[-2,7]"),
     ("2 million", "2,000,000"), ("\\$3 \\text{ thousand}", "3000"), ("18 years old", "18"),
     ("5", "5.0"), ("1/2", "0.5"), (r"\frac12", r"\frac{1}{2}"), ("1,000", "1000"), ("1{,}000", "1000"),
     (r"1\,000\,000", "1000000"), ("-1,234.5", "-1234.5"), ("1.234.567", "1234567"), ("1.234,5", "1234.5"),
@@ -122,6 +123,7 @@ EQUAL = [
     (r"x=15^\circ", "15"), ("2:3", r"\frac23"), (r"\frac{x}{y}", "x/y"), ("[0,1]", r"0\le x\le 1"),
 ]  # fmt: skip
 DIFFERENT = [
+    ("x=5965999999999999980", "x=5965999999999999988"), ("x+y=5965999999999999980", "x+y=5965999999999999988"),
     ("2 thousand", "2"), ("5 less than x", "5"), ("x^", "x"), ("5 \\text{ if } x>0", "5"),
     ("at least 5", "5"), ("5 or more", "5"),
     ("5", "6"), ("0.33", "1/3"), ("2.23", "2.232"), ("3.14", r"\pi"), ("1/2", "1/3"), ("5", "-5"), ("x", "X"),
@@ -444,6 +446,17 @@ def test_failing_workers_are_replaced_and_counted(tmp_path, monkeypatch):
         assert group.verdicts == [False] * 5 + [True] and group.timed_out == [False, True, False, True, True, False]
         assert group.classes == [0, -1, 1, -1, -1, 2] and after.verdicts == [True]
         assert verifier.failures == {"time": 1, "crash": 1, "memory": 1} and verifier.timeouts == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_workers_leave_interrupts_and_preemption_to_the_trainer():
+    with reward.Verifier(workers=1) as verifier:
+        verifier.verify([["5"]], ["5"])
+        (worker,) = workers_of(os.getpid())
+        for sent in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker, sent)
+        assert verifier.verify([["5"]], ["5"]) == ([[True]], [[0]]) and not verifier.failures
+        assert workers_of(os.getpid()) == [worker]
 
 
 def alive(pid: int) -> bool:

@@ -163,7 +163,8 @@ def test_what_is_dropped_and_what_overlaps_is_said(runs, capsys):
 DAPO = {"algo": "dapo", "steps": 3, "max_rounds": 3, "group_size": 6, "eval_every": 0, "samples_every": 0}
 
 
-def test_dynamic_sampling_keeps_the_first_mixed_groups_in_data_order(runs, monkeypatch):
+@pytest.mark.parametrize("group_size, wanted", [(6, "fewer than P"), (16, "more than P")])
+def test_dynamic_sampling_keeps_the_first_mixed_groups_in_data_order(runs, monkeypatch, group_size, wanted):
     rounds, starts, inner = [], [], train.draw_prompts
 
     def draw(seed, cursor, count, size):
@@ -172,7 +173,7 @@ def test_dynamic_sampling_keeps_the_first_mixed_groups_in_data_order(runs, monke
 
     monkeypatch.setattr(train, "draw_prompts", draw)
     watch(monkeypatch, train, "sample_groups", rounds)
-    directory = runs.new(**DAPO)
+    directory = runs.new(**DAPO | {"group_size": group_size})
     groups, cursor, kinds = tiny_runs.lines(directory / "groups.jsonl"), 0, set()
     for line in tiny_runs.metrics(directory):
         mine, rounds = rounds[: line["sampling_rounds"]], rounds[line["sampling_rounds"] :]
@@ -180,14 +181,15 @@ def test_dynamic_sampling_keeps_the_first_mixed_groups_in_data_order(runs, monke
         assert [i for i, _ in drawn] == [i for i, _ in inner(0, cursor, len(drawn), 24)]
         cursor += len(drawn)
         assert line["cursor"] == cursor and line["prompts_drawn"] == len(drawn)
-        mixed = [(i, right) for i, right in drawn if 0 < sum(right) < 6][:4]
+        mixed = [(i, right) for i, right in drawn if 0 < sum(right) < group_size]
+        kinds.add("fewer than P" if len(mixed) < 4 else "more than P" if len(mixed) > 4 else "P")
+        mixed = mixed[:4]
         kept = [(g["row"], g["correct"]) for g in groups if g["step"] == line["step"]]
         assert kept == mixed and line["prompts_trained"] == len(mixed) and line["mixed"] == 1
         assert line["sampling_rounds"] == 3 or len(mixed) == 4
         assert line["accuracy_drawn"] == pytest.approx(np.mean([right for _, right in drawn])) != line["accuracy"]
         assert line["tokens_sampled"] == sum(int(batch.lengths.sum()) for batch in mine)
-        kinds.add(len(mixed))
-    assert rounds == [] and len(kinds) > 1, "no step was short: choose another seed"
+    assert rounds == [] and wanted in kinds, "choose another seed"
     last = tiny_runs.metrics(directory)[-1]
     assert last["updates"] == sum(math.ceil(m["prompts_trained"] / 2) for m in tiny_runs.metrics(directory))
     assert starts == list(range(0, cursor, 4))
@@ -212,7 +214,9 @@ def test_a_bad_update_is_skipped_and_counted(runs, monkeypatch, capsys):
     def broken(*args, **kwargs):
         loss, metrics = inner(*args, **kwargs)
         calls.append(loss.detach())
-        return loss * (math.nan if len(calls) == 2 else math.inf if len(calls) == 3 else 1), metrics
+        if len(calls) == 3:  # a finite loss whose gradient is not; and before that, the other way round
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss + (math.inf if len(calls) == 2 else 0), metrics
 
     before, after, step = [], [], train.finish_update
 
