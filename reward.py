@@ -560,7 +560,9 @@ class Parser:
         return self.tokens[self.at].kind
 
     def next(self) -> Token:
-        self.at = min(self.at + 1, len(self.tokens) - 1)
+        if self.kind == "end":  # never read on from here: a loop over tokens would not stop
+            raise Unparsed("ends too early")
+        self.at += 1
         return self.tokens[self.at - 1]
 
     def accept(self, *texts: str) -> bool:
@@ -784,7 +786,7 @@ class Parser:
             part = [self.next()]
             while part[0].text == "{" and part[-1].text != "}":
                 part.append(self.next())
-                if part[-1].kind not in ("number", "name", "text") and part[-1].text not in ",}":
+                if part[-1].kind not in ("number", "name", "text") and part[-1].text not in (",", "}"):
                     raise Unparsed("a subscript that is not a name")
             name += "_" + "".join(token.text for token in part if token.text not in "{}")
         while self.accept("'"):

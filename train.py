@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -838,6 +837,8 @@ def speed_metrics(clock, tokens_sampled, tokens_trained):
     for phase, count in tokens.items():
         if count and metrics.get(f"seconds_{phase}"):
             metrics[f"tokens_per_second_{phase}"] = count / metrics[f"seconds_{phase}"]
+    import resource  # not on Windows, which reward.py refuses by name
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if clock.device == "cuda":
         peak = torch.cuda.max_memory_allocated()

@@ -160,10 +160,11 @@ def test_flag_of_speed_changes_no_number(runs, name, monkeypatch):
 
     monkeypatch.setattr(train.Transformer, "score", score)
     monkeypatch.setattr(train.Transformer, "forward", watched)
-    base, (value, _) = runs.new(), SAME_NUMBERS[name]
+    warm = {"sft_steps": 2, "sft_batch": 6, "sft_lr": 1e-2}
+    base, (value, _) = runs.new(**warm), SAME_NUMBERS[name]
     before = max(sizes[name])
     sizes[name].clear()
-    other = runs.new(**{name: value})
+    other = runs.new(**warm, **{name: value})
     assert 0 < max(sizes[name]) <= value < before
     assert groups("answers")(other) == groups("answers")(base)
     for ours, theirs in zip(tiny_runs.metrics(other), tiny_runs.metrics(base)):

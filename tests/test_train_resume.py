@@ -85,6 +85,7 @@ def test_killed_and_resumed_is_the_same_run(runs, start_child, event, count):
     assert process.exitcode == -signal.SIGKILL
     resume(directory)
     assert tiny_runs.difference(directory, whole) is None
+    assert all((path / "state.json").exists() for path in (directory / "checkpoints").iterdir())
     hidden = [path for path in directory.rglob(".*") if path.name.endswith((".tmp", ".old"))]
     assert hidden == []
 
@@ -246,6 +247,13 @@ def test_the_reference_is_the_policy_after_the_warm_start(runs):
     whole = runs.shared(**FLAGS | {"minibatch_prompts": 4, "dtype": "float64"})
     found = [line["kl"] for line in tiny_runs.metrics(whole)]
     assert found[0] == 0 and min(found[1:]) > 1e-6
+
+
+def test_reinforcement_learning_starts_with_a_fresh_optimiser(runs):
+    directory = runs.shared(**FLAGS | {"keep": 9})
+    state = tiny_runs.saved(directory / "checkpoints/step-000000", directory / "scratch.pt")
+    moments = [value for name, value in state.items() if name.startswith("/optimizer/state/")]
+    assert len(moments) > 30 and not any(value.any() for value in moments) and state["state/updates"] == 0
 
 
 def test_resuming_a_finished_run_changes_nothing(runs):
