@@ -55,14 +55,14 @@ HERE = Path(__file__).resolve().parent
 DEMO = {
     "data": str(HERE / "data/arithmetic_train.jsonl"), "eval_data": str(HERE / "data/arithmetic_test.jsonl"),
     "instruction": "", "max_prompt_tokens": 64, "max_new_tokens": 64, "steps": 40, "prompts_per_step": 32,
-    "group_size": 8, "minibatch_prompts": 32, "lr": 2e-4, "beta2": 0.95, "warmup_updates": 0, "sft_steps": 400,
-    "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
+    "group_size": 8, "minibatch_prompts": 32, "micro_tokens": 2048, "lr": 2e-4, "beta2": 0.95, "warmup_updates": 0,
+    "sft_steps": 1200, "sft_batch": 64, "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
 }  # fmt: skip
 AUTHORS = {
     "eval_data": None, "instruction": INSTRUCTION,
     "max_prompt_tokens": 1024, "max_new_tokens": 2048, "steps": 60, "prompts_per_step": 512, "group_size": 6,
-    "minibatch_prompts": 32, "lr": 1e-6, "beta2": 0.999, "warmup_updates": 0, "sft_steps": 0,
-    "sft_lr": 1e-5, "eval_every": 10, "save_every": 10,
+    "minibatch_prompts": 32, "micro_tokens": 16384, "lr": 1e-6, "beta2": 0.999, "warmup_updates": 0,
+    "sft_steps": 0, "sft_batch": 128, "sft_lr": 1e-5, "eval_every": 10, "save_every": 10,
 }  # fmt: skip
 # What may differ between a run and its continuation without a word: where, how long, how often, how fast.
 NOT_THE_RUN = {"steps", "run_dir", "resume", "eval_every", "save_every", "keep", "export_every", "samples_every",
@@ -143,7 +143,7 @@ def flags():
     add("--overlong-buffer", type=positive, help="tokens over which it grows; below 1: a share of the limit")
     add = parser.add_argument_group("optimisation").add_argument
     add("--minibatch-prompts", type=count, help="prompts of one optimiser update; divides P")
-    add("--micro-tokens", type=count, default=16384, help="padded tokens in one forward pass (one row at least)")
+    add("--micro-tokens", type=count, help="padded tokens in one forward pass (one row at least)")
     add("--lr", type=positive, help="learning rate of AdamW")
     add("--warmup-updates", type=whole, help="updates over which the rate rises to --lr (0 = disabled)")
     add("--beta1", type=share, default=0.9, help="AdamW's decay of the gradient's mean")
@@ -153,7 +153,7 @@ def flags():
     add("--max-bad-updates", type=count, default=5, help="non-finite updates in a row before the run ends")
     add = parser.add_argument_group("supervised warm start, on the data's solutions").add_argument
     add("--sft-steps", type=whole, help="updates before reinforcement learning (0 = disabled)")
-    add("--sft-batch", type=count, default=128, help="solutions in one update")
+    add("--sft-batch", type=count, help="solutions in one update")
     add("--sft-lr", type=positive, help="peak learning rate; rises over 5 %% of the steps, then falls to 5 %%")
     add = parser.add_argument_group("run").add_argument
     add("--steps", type=whole, help="steps of reinforcement learning, those before a resume included")
