@@ -31,7 +31,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,14 +55,14 @@ HERE = Path(__file__).resolve().parent
 DEMO = {
     "data": str(HERE / "data/arithmetic_train.jsonl"), "eval_data": str(HERE / "data/arithmetic_test.jsonl"),
     "instruction": "", "max_prompt_tokens": 64, "max_new_tokens": 64, "steps": 40, "prompts_per_step": 32,
-    "group_size": 8, "minibatch_prompts": 32, "lr": 2e-4, "beta2": 0.95, "warmup_updates": 0, "sft_steps": 400,
-    "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
+    "group_size": 8, "minibatch_prompts": 32, "micro_tokens": 2048, "lr": 2e-4, "beta2": 0.95, "warmup_updates": 0,
+    "sft_steps": 1200, "sft_batch": 64, "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
 }  # fmt: skip
 AUTHORS = {
     "eval_data": None, "instruction": INSTRUCTION,
     "max_prompt_tokens": 1024, "max_new_tokens": 2048, "steps": 60, "prompts_per_step": 512, "group_size": 6,
-    "minibatch_prompts": 32, "lr": 1e-6, "beta2": 0.999, "warmup_updates": 0, "sft_steps": 0,
-    "sft_lr": 1e-5, "eval_every": 10, "save_every": 10,
+    "minibatch_prompts": 32, "micro_tokens": 16384, "lr": 1e-6, "beta2": 0.999, "warmup_updates": 0,
+    "sft_steps": 0, "sft_batch": 128, "sft_lr": 1e-5, "eval_every": 10, "save_every": 10,
 }  # fmt: skip
 # What may differ between a run and its continuation without a word: where, how long, how often, how fast.
 NOT_THE_RUN = {"steps", "run_dir", "resume", "eval_every", "save_every", "keep", "export_every", "samples_every",
@@ -70,7 +70,6 @@ NOT_THE_RUN = {"steps", "run_dir", "resume", "eval_every", "save_every", "keep",
 # What its checkpoints were made with, and may not differ at all.
 FIXED = ("model", "dtype", "sft_steps", "sft_batch", "sft_lr")
 RUN_FILES = ("metrics.jsonl", "groups.jsonl", "eval.jsonl", "samples.txt")
-say = functools.partial(print, flush=True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -144,7 +143,7 @@ def flags():
     add("--overlong-buffer", type=positive, help="tokens over which it grows; below 1: a share of the limit")
     add = parser.add_argument_group("optimisation").add_argument
     add("--minibatch-prompts", type=count, help="prompts of one optimiser update; divides P")
-    add("--micro-tokens", type=count, default=16384, help="padded tokens in one forward pass (one row at least)")
+    add("--micro-tokens", type=count, help="padded tokens in one forward pass (one row at least)")
     add("--lr", type=positive, help="learning rate of AdamW")
     add("--warmup-updates", type=whole, help="updates over which the rate rises to --lr (0 = disabled)")
     add("--beta1", type=share, default=0.9, help="AdamW's decay of the gradient's mean")
@@ -154,7 +153,7 @@ def flags():
     add("--max-bad-updates", type=count, default=5, help="non-finite updates in a row before the run ends")
     add = parser.add_argument_group("supervised warm start, on the data's solutions").add_argument
     add("--sft-steps", type=whole, help="updates before reinforcement learning (0 = disabled)")
-    add("--sft-batch", type=count, default=128, help="solutions in one update")
+    add("--sft-batch", type=count, help="solutions in one update")
     add("--sft-lr", type=positive, help="peak learning rate; rises over 5 %% of the steps, then falls to 5 %%")
     add = parser.add_argument_group("run").add_argument
     add("--steps", type=whole, help="steps of reinforcement learning, those before a resume included")
@@ -248,7 +247,6 @@ def check_flags(args, typed):
         for name in names.split():
             need(not (applies and name in typed), f"{flag(name)} has no effect: {why}")
     need(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device here")
-    need(int(os.environ.get("WORLD_SIZE", 1)) == 1, "train.py runs on one process; start it with python, not torchrun")
 
 
 # ------------------------------------------- The demonstration's model: a real Hugging Face directory, made on the spot
@@ -323,6 +321,40 @@ def draw_prompts(seed, cursor, count, size):
         part = order[max(cursor - epoch * size, 0) : cursor + count - epoch * size]
         pairs += [(int(i), epoch * size + int(i)) for i in part]
     return pairs
+
+
+# -------------------------------------------------------- Ranks: one process for each GPU under torchrun, else just one
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks(args):
+    """Meets the other processes that torchrun started, if it did; device and default directory are then settled."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Ranks may finish a rollout far apart, and nothing is exchanged before the last one has.
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=1))
+    args.run_dir = gather(args.run_dir)[0]
+
+
+def gather(value):
+    """Every rank's value, in the order of ranks, on every rank."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def say(text):
+    if rank() == 0:
+        print(text, flush=True)
 
 
 # ----------------------------------------------------------------------- Where a run stands, and what a step is made of
@@ -423,6 +455,16 @@ class Totals:
     def peak(self, name, value):
         self.peaks[name] = max(self.peaks.get(name, 0.0), float(value))
 
+    def reduced(self):
+        """The totals of all ranks together."""
+        everyone = Totals()
+        for sums, peaks in gather(({name: pair.cpu() for name, pair in self.sums.items()}, self.peaks)):
+            for name, pair in sums.items():
+                everyone.sums[name] = everyone.sums.get(name, 0) + pair
+            for name, value in peaks.items():
+                everyone.peak(name, value)
+        return everyone
+
     def means(self):
         pairs = {name: pair.tolist() for name, pair in self.sums.items()}
         return {name: total / count for name, (total, count) in pairs.items() if count > 0} | self.peaks
@@ -469,6 +511,14 @@ class Stop:
         os.write(2, f"\n{self.signal}: stopping at the next safe place; Ctrl-C (again) stops at once\n".encode())
 
     def check(self):
+        """Between phases: stops here if a signal has reached any rank. All ranks ask, and all get the same answer."""
+        heard = [name for name in gather(self.signal) if name]
+        if heard:
+            self.signal = heard[0]
+            raise Interrupted
+
+    def poll(self):
+        """Within a phase: this rank leaves it, and meets the others at its end."""
         if self.signal:
             raise Interrupted
 
@@ -482,12 +532,27 @@ class Stop:
 @contextlib.contextmanager
 def token_bar(run, label):
     """A callback for the sampler: a bar in tokens, and the place where a signal ends the sampling."""
-    with tqdm(desc=label, unit="tok", leave=False, disable=None) as bar:
-        yield lambda count: (bar.update(count), run.stop.check())
+    with tqdm(desc=label, unit="tok", leave=False, disable=None if rank() == 0 else True) as bar:
+        yield lambda count: (bar.update(count), run.stop.poll())
 
 
 def sample_groups(run, pairs, watch):
-    """Samples and verifies one group for each (data index, noise key) pair -> Batch."""
+    """Samples and verifies one group for each (data index, noise key) pair -> Batch, the same on every rank.
+
+    Ranks take prompts in turn and exchange results once all have finished; a signal ends it on all of them."""
+    shares = [range(r, len(pairs), world()) for r in range(world())]
+    try:
+        mine = sample_share(run, [pairs[i] for i in shares[rank()]], watch) if shares[rank()] else None
+    except Interrupted:
+        mine = None
+    batches = gather(mine)
+    run.stop.check()
+    batch = functools.reduce(Batch.join, [part for part in batches if part is not None])
+    return batch.select(np.argsort([i for share in shares for i in share]).tolist())
+
+
+def sample_share(run, pairs, watch):
+    """This rank's share of sample_groups -> Batch."""
     args, indices = run.args, [i for i, _ in pairs]
     prompts, asked = [run.prompts[i] for i in indices], [run.problems[i] for i in indices]
     with run.clock("sample"):
@@ -555,17 +620,37 @@ def micro_batches(lengths, budget):
     return parts
 
 
-def packed_parts(pairs, args):
-    """Micro-batches of (prompt, reply) token ids: yields (which pairs (b,), ids (b,T), prompt and reply lengths (b,)).
+def deal(lengths, ranks):
+    """Splits rows of `lengths` tokens over ranks, as evenly as it goes: longest first, each to the least loaded rank.
 
-    Rows are padded on the right, with zeros that nothing looks at: lengths say what counts."""
-    for part in micro_batches([len(prompt) + len(reply) for prompt, reply in pairs], args.micro_tokens):
-        chosen = [pairs[i] for i in part]
-        ids = torch.zeros(len(part), max(len(prompt) + len(reply) for prompt, reply in chosen), dtype=torch.long)
+    At most 5 % above the mean for 16 rows a rank of lognormal lengths (σ 0.8), 8 ranks; tests/test_train_ranks.py."""
+    shares, loads = [[] for _ in range(ranks)], [0] * ranks
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(row)
+        loads[lightest] += lengths[row]
+    return shares
+
+
+def packed_parts(pairs, args):
+    """This rank's micro-batches of (prompt, reply) token ids, of which every rank has the same list.
+
+    Yields (which pairs (b,), ids (b,T), prompt and reply lengths (b,)). Rows are padded on the right, with zeros that
+    nothing looks at: lengths say what counts. Ranks with fewer micro-batches than others run empty ones, because in
+    sharded training every forward and backward pass is a meeting of all ranks."""
+    lengths = [len(prompt) + len(reply) for prompt, reply in pairs]
+    parts = [
+        [[share[i] for i in part] for part in micro_batches([lengths[row] for row in share], args.micro_tokens)]
+        for share in deal(lengths, world())
+    ]
+    mine = parts[rank()] + [[]] * (max(map(len, parts)) - len(parts[rank()]))
+    for part in mine:
+        chosen = [pairs[i] for i in part] or [([0], [])]
+        ids = torch.zeros(len(chosen), max(len(prompt) + len(reply) for prompt, reply in chosen), dtype=torch.long)
         for row, (prompt, reply) in zip(ids, chosen):
             row[: len(prompt) + len(reply)] = torch.tensor(prompt + reply)
         lengths = torch.tensor([[len(prompt), len(reply)] for prompt, reply in chosen], device=args.device)
-        yield torch.tensor(part), ids.to(args.device), *lengths.unbind(1)
+        yield torch.tensor(part or [0]), ids.to(args.device), *lengths.unbind(1)
 
 
 def pairs_of(batch, rows):
@@ -581,7 +666,7 @@ def score_rows(model, batch, rows, args):
         for part, ids, prompt_lengths, lengths in packed_parts(pairs_of(batch, rows.tolist()), args):
             logprobs, _ = model.score(ids, prompt_lengths, lengths, args.temperature)
             result[rows[part], : logprobs.shape[1]] = logprobs.to("cpu", result.dtype)
-    return result
+    return sum(gather(result))  # each row was scored by one rank
 
 
 def train_on(run, batch, signals):
@@ -602,7 +687,7 @@ def train_on(run, batch, signals):
             attempt = copy.deepcopy(totals)
             if update(run, batch, rows, signals, old_logprobs if number else None, ref_logprobs, attempt, place):
                 totals = attempt
-    return totals
+    return totals.reduced()
 
 
 def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=()):
@@ -632,11 +717,11 @@ def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=
             num_sequences=num_sequences, kl_coef=args.kl_coef,
             ref_logprobs=None if ref_logprobs is None else ref_logprobs[part, :width].to(logprobs),
         )  # fmt: skip
-        loss.backward()
-        loss_sum += loss.detach().double()
+        (loss * world()).backward()  # sharded gradients are means over ranks, and ours is their sum
+        loss_sum += float(loss.detach())
         # Sampling and scoring are to agree up to rounding; where they do not, the sampler is not the policy.
         difference = torch.where(mask, old - sampled[part, :width].to(old), 0.0).abs().double()
-        totals.peak("sampler_difference_max", difference.max())
+        totals.peak("sampler_difference_max", difference.max() if width else 0.0)
         metrics |= {"sampler_difference": (difference.sum(), mask.sum()), "token_entropy": (entropy.sum(), mask.sum())}
         metrics |= {f"{name}_{suffix}": metrics[name] for name in list(metrics) if "clip" in name for suffix in place}
         for name, (total, count) in metrics.items():
@@ -646,10 +731,13 @@ def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=
 
 
 def finish_update(run, loss, rate, totals):
-    """Clips the gradient and steps the optimiser; or skips the update and counts it, if anything is not finite."""
+    """Clips the gradient and steps the optimiser; or skips the update and counts it, if anything is not finite.
+
+    loss: this rank's share of the update's."""
     args, state = run.args, run.state
+    loss = torch.tensor(sum(gather(loss)), dtype=torch.float64)
     norm = full(torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.max_grad_norm or math.inf))
-    made = bool(torch.isfinite(loss) & torch.isfinite(norm))
+    made = math.isfinite(loss) and math.isfinite(norm)
     if made:
         # Set at every update, since a checkpoint restores them too and the flags may have changed since.
         for group, decay in zip(run.optimizer.param_groups, (args.weight_decay, 0.0)):
@@ -690,7 +778,9 @@ def warm_start(run):
     The learning rate rises over the first 5 % of the steps and falls along a cosine to 5 % of its peak."""
     args, state, indices = run.args, run.state, sorted(run.replies)
     started, totals = time.perf_counter(), Totals()
-    for step in tqdm(range(state.sft_step, args.sft_steps), "warm start", unit="update", leave=False, disable=None):
+    bar = tqdm(range(state.sft_step, args.sft_steps), "warm start", unit="update", leave=False,
+               disable=None if rank() == 0 else True)  # fmt: skip
+    for step in bar:
         # Asked before and not after: a checkpoint with the last step behind it must hold the next phase's optimiser.
         run.stop.check()
         drawn = draw_prompts(args.seed + 1, step * args.sft_batch, args.sft_batch, len(indices))
@@ -699,8 +789,8 @@ def warm_start(run):
         for _, ids, prompt_lengths, lengths in packed_parts(pairs, args):
             logprobs, _ = run.model.score(ids, prompt_lengths, lengths)
             loss = -logprobs.sum() / num_tokens  # score() leaves zeros beyond each reply
-            loss.backward()
-            loss_sum += loss.detach().double()
+            (loss * world()).backward()
+            loss_sum += float(loss.detach())
         rise, fall = (step + 1) / max(args.sft_steps * 0.05, 1), step / args.sft_steps
         rate = args.sft_lr * min(rise, 0.05 + 0.95 * (1 + math.cos(math.pi * fall)) / 2)
         finish_update(run, loss_sum, rate, totals)
@@ -837,6 +927,8 @@ def log_step(run, batch, signals, drawing, totals):
 
 def append(path, lines):
     """Adds lines to a file of the run, whole or, if the process is killed meanwhile, to be cut off on resume."""
+    if rank() != 0:
+        return
     with open(path, "a", encoding="utf-8", errors="replace") as file:
         file.writelines(line + "\n" for line in lines)
         file.flush()
@@ -860,9 +952,10 @@ def save_checkpoint(run):
     run.state.files = {path.name: path.stat().st_size for path in files if path.exists()}
     with whole_directory(target) as temporary:
         weights, optimizer = get_state_dict(run.model, run.optimizer)
-        dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=temporary, no_dist=True)
-        (temporary / "state.json").write_text(json.dumps(asdict(run.state)) + "\n")
-    for old in list_checkpoints(run.directory)[: -run.args.keep]:
+        dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=temporary, no_dist=world() == 1)
+        if rank() == 0:
+            (temporary / "state.json").write_text(json.dumps(asdict(run.state)) + "\n")
+    for old in list_checkpoints(run.directory)[: -run.args.keep] if rank() == 0 else ():
         discard(old)
     return target
 
@@ -877,9 +970,12 @@ def go_back(run):
     found = list_checkpoints(run.directory) if run.args.resume == "latest" else [Path(run.args.resume).resolve()]
     if found:
         weights, optimizer = get_state_dict(run.model, run.optimizer)
-        dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=found[-1], no_dist=True)
+        dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=found[-1], no_dist=world() == 1)
         set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
         run.state = State(**json.loads((found[-1] / "state.json").read_text()))
+    gather(None)  # all have read before anything is removed
+    if rank() != 0:
+        return
     for stale in [*run.directory.rglob(".*.tmp"), *run.directory.rglob(".*.old")]:
         shutil.rmtree(stale)
     for path in (run.directory / name for name in RUN_FILES):
@@ -894,12 +990,17 @@ def go_back(run):
 def whole_directory(target):
     """A temporary directory that takes the place of `target` when all of it is written: whole or not at all."""
     temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    gather(None)
     yield temporary
-    if target.exists():
-        discard(target)
-    os.replace(temporary, target)
+    gather(None)
+    if rank() == 0:
+        if target.exists():
+            discard(target)
+        os.replace(temporary, target)
+    gather(None)
 
 
 def discard(directory):
@@ -913,8 +1014,13 @@ def discard(directory):
 def export(run, name, dtype):
     """Writes the weights as a Hugging Face directory of the run."""
     with whole_directory(run.directory / name) as temporary:
-        weights = {key: full(tensor) for key, tensor in run.model.state_dict().items()}
-        run.model.save_pretrained(temporary, dtype=DTYPES.get(dtype), state_dict=weights)
+        weights = {}
+        for key, tensor in run.model.state_dict().items():
+            whole = full(tensor)  # every rank takes part, rank 0 keeps it
+            if rank() == 0:
+                weights[key] = whole.cpu()
+        if rank() == 0:
+            run.model.save_pretrained(temporary, dtype=DTYPES.get(dtype), state_dict=weights)
 
 
 # -------------------------------------------- Weights in two forms: masters that are trained, and the copy that samples
@@ -925,13 +1031,13 @@ def full(tensor):
 
 
 def shard(model, dtype):
-    """FSDP2 over all processes (here: one): float32 masters and gradient reduction, compute in `dtype`."""
+    """FSDP2 over all ranks, block by block: compute in `dtype`, masters and gradient reduction in the weights' own."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     if not dist.is_initialized():
         backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=next(model.parameters()).dtype)
     for block in model.model.layers:
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
@@ -976,19 +1082,26 @@ def evaluate(run):
     made = [step for step, _ in state.evaluations]
     if not run.held_out or state.step in made or not due(state.step, args.eval_every, args.steps):
         return
+    shares = [range(r, len(run.held_out), world()) for r in range(world())]
     with run.clock("evaluate"), token_bar(run, "evaluation") as watch:
-        result = evaluation.evaluate(
-            run.sampler, run.tokenizer, run.held_out, run.verifier, k=args.eval_samples,
-            max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature, stop_ids=run.stop_ids,
-            seed=args.eval_seed, system=args.system, instruction=args.instruction, max_rows=args.rollout_batch,
-            on_tokens=watch,
-        )  # fmt: skip
-    means = evaluation.mean_at_k(result.verdicts)
-    votes = evaluation.maj_at_k(result.verdicts, result.classes)
+        try:
+            result = evaluation.evaluate(
+                run.sampler, run.tokenizer, [run.held_out[i] for i in shares[rank()]], run.verifier,
+                k=args.eval_samples, max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature,
+                stop_ids=run.stop_ids, seed=args.eval_seed, system=args.system, instruction=args.instruction,
+                max_rows=args.rollout_batch, on_tokens=watch,
+            )  # fmt: skip
+        except Interrupted:
+            result = None
+        results = gather(result)
+        run.stop.check()
+    order = np.argsort([i for share in shares for i in share])
+    verdicts, classes, lengths, finished = (np.concatenate(parts)[order] for parts in list(zip(*results))[:4])
+    means, votes = evaluation.mean_at_k(verdicts), evaluation.maj_at_k(verdicts, classes)
     line = {
         "step": state.step, "k": args.eval_samples, "mean": float(means.mean()), "maj": float(votes.mean()),
-        "equal_groups": float(np.isin(means, (0, 1)).mean()), "length_mean": float(result.lengths.mean()),
-        "finished": float(result.finished.mean()), "no_answer": float((result.classes == -1).mean()),
+        "equal_groups": float(np.isin(means, (0, 1)).mean()), "length_mean": float(lengths.mean()),
+        "finished": float(finished.mean()), "no_answer": float((classes == -1).mean()),
         "tokens": state.tokens, "responses": state.responses, "seconds": run.clock.seconds["evaluate"],
         "per_problem": means.tolist(), "per_problem_maj": votes.tolist(),
     }  # fmt: skip
@@ -1023,14 +1136,20 @@ def prepare(args):
         for i, reply in replies.items():
             need(len(prompts[i]) + len(reply) <= positions, f"{args.data}:{problems[i].row + 1}: prompt and solution "
                  f"make {len(prompts[i]) + len(reply)} tokens; the model has {positions} positions")  # fmt: skip
-        directory.mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            if made:
+                shutil.copytree(source, directory / "init")
+        gather(None)
         if made:
-            model.source = shutil.copytree(source, directory / "init")
+            model.source = directory / "init"
     return Run(args, model, model, tokenizer, stop_ids, problems, prompts, replies, held_out, directory)
 
 
 def record_run(run):
     """run.json: every flag, versions, commit. On resume it says which flags differ from before, and notes them."""
+    if rank() != 0:
+        return
     path, now = run.directory / "run.json", dict(sorted(vars(run.args).items()))
     if run.args.resume:
         about = json.loads(path.read_text())
@@ -1056,16 +1175,16 @@ def record_run(run):
 def start(run):
     """Puts the weights in their places, goes back to the checkpoint if there is one, and says what will be done."""
     args = run.args
-    if args.dtype == "bfloat16":
+    if world() > 1 or args.dtype == "bfloat16":
         run.sampler = second_copy(run, run.model.source)
-        shard(run.model, torch.bfloat16)
+        shard(run.model, DTYPES[args.dtype])
     run.optimizer = make_optimizer(run.model, args)
     if args.resume:
         go_back(run)
     record_run(run)
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     say(f"model   {run.model.source}: {parameters:.1f} M parameters, {args.dtype}, {args.device}, "
-        f"{torch.get_num_threads()} threads")  # fmt: skip
+        f"{world()} × {torch.get_num_threads()} threads")  # fmt: skip
     say(f"run     {run.directory}: {args.algo} (blend {args.blend}), P {args.prompts_per_step} × G {args.group_size}, "
         f"{args.prompts_per_step // args.minibatch_prompts} updates a step, lr {args.lr:g}, responses up to "
         f"{args.max_new_tokens} tokens, steps {run.state.step} to {args.steps}")  # fmt: skip
@@ -1117,9 +1236,11 @@ def main(argv=None):
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         args = parse_args(argv)
+        join_ranks(args)
         run = prepare(args)
     except (ValueError, OSError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     run.clock, run.stop = Clock(args.device), Stop()
     run.verifier = Verifier(args.verifier_workers, timeout=args.verifier_timeout, memory_mb=args.verifier_memory)

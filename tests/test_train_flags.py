@@ -303,12 +303,7 @@ def test_refusal_is_one_line_and_leaves_nothing(runs, places, name, capsys):
     assert sorted(runs.folder.iterdir()) == before
 
 
-def test_torchrun_and_missing_cuda_are_refused(runs, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        train.main(runs.argv(run_dir=runs.directory()))
-    assert "torchrun" in capsys.readouterr().err
-    monkeypatch.delenv("WORLD_SIZE")
+def test_missing_cuda_is_refused(runs, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         train.main(runs.argv(run_dir=runs.directory(), device="cuda"))
