@@ -73,7 +73,7 @@ def problem(level, rng):
 
 
 def make(counts, rng, taken):
-    """Distinct expressions, `counts[level]` of each level and none in `taken` (which grows), asked in one way or both."""
+    """Distinct expressions, `counts[level]` of each level and none in `taken` (which grows), each asked one way or both."""
     rows = []
     for level, count in counts.items():
         while count:
