@@ -73,7 +73,7 @@ def problem(level, rng):
 
 
 def make(counts, rng, taken):
-    """Distinct expressions, `counts[level]` of each level and none in `taken` (which grows), each asked one way or both."""
+    """Problems of `counts[level]` distinct expressions of each level, none of them in `taken` (which grows)."""
     rows = []
     for level, count in counts.items():
         while count:
