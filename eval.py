@@ -1,6 +1,6 @@
 """Accuracy of a checkpoint on a file of problems: mean@k, exact maj@k, unbiased pass@k, with intervals over problems.
 
-    python eval.py --model runs/demo/final --data data/heldout.jsonl --k 8 --out samples.jsonl
+    python eval.py --model runs/demo/model --data data/arithmetic_test.jsonl --instruction "" --max-new-tokens 64
     python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data problems.jsonl --greedy --limit 100
 
 Same sampler and same checker as in training, which calls evaluate() from here. The noise of a response is a function of
@@ -162,6 +162,7 @@ def parse_args(argv):
     add("--limit", type=int, default=0, help="first so many problems only (0 = all)")
     add("--seed", type=int, default=0, help="seed of the sampling noise and of the intervals")
     add("--system", help="system message (default: none, or the chat template's own)")
+    add("--stop", action="append", default=[], metavar="TOKEN", help="one more token that ends a response; repeatable")
     add("--instruction", default=INSTRUCTION, help="what follows the problem ('' = nothing; default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float64"), help="default: float32 on cpu, bfloat16 on cuda")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -187,12 +188,12 @@ def parse_args(argv):
     return args
 
 
-def load_checkpoint(path_or_id, dtype, device):
+def load_checkpoint(path_or_id, dtype, device, stop=()):
     """Model, tokenizer and stop ids of a directory or Hub id; ValueError in one line if any of them cannot be read."""
     try:
         tokenizer = load_tokenizer(path_or_id)
         model = Transformer.from_pretrained(path_or_id, dtype=getattr(torch, dtype), device=device)
-        stop_ids = stop_token_ids(path_or_id, tokenizer)
+        stop_ids = stop_token_ids(path_or_id, tokenizer, stop)
     except Exception as error:  # damaged files raise what they like: tokenizers and safetensors have types of their own
         place = "" if Path(path_or_id).is_dir() else "no such directory, and as a Hub id: "
         raise ValueError(f"cannot load --model {path_or_id}: {place}{str(error).strip().splitlines()[0]}") from error
@@ -249,7 +250,7 @@ def main(argv=None):
         problems = problems[: args.limit or None]
         if not problems:
             raise ValueError(f"{args.data} holds no usable problem (dropped: {dict(dropped) or 'none'})")
-        model, tokenizer, stop_ids = load_checkpoint(args.model, args.dtype, args.device)
+        model, tokenizer, stop_ids = load_checkpoint(args.model, args.dtype, args.device, args.stop)
         reasons = "".join(f", {count} dropped ({reason})" for reason, count in sorted(dropped.items()))
         shape = f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}"
         how = "one greedy response each" if args.greedy else f"{args.k} samples each at {shape}, seed {args.seed}"

@@ -249,7 +249,8 @@ def sample(
     if not torch.isfinite(logprobs).all():
         raise ValueError("log-probs are not finite: the model's weights hold NaN or infinity")
     width = int(lengths.max())
-    return Samples(tokens[:, :width].cpu(), logprobs[:, :width].cpu(), lengths.cpu(), finished.cpu())
+    # Clones: a view would keep, and send to other ranks, the columns that were not needed.
+    return Samples(tokens[:, :width].clone().cpu(), logprobs[:, :width].clone().cpu(), lengths.cpu(), finished.cpu())
 
 
 def load_tokenizer(path_or_id):

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -54,15 +55,15 @@ HERE = Path(__file__).resolve().parent
 # Sizes of a run. The demonstration (no --model) fits two cores and a few minutes; with --model they are the authors'.
 DEMO = {
     "data": str(HERE / "data/arithmetic_train.jsonl"), "eval_data": str(HERE / "data/arithmetic_test.jsonl"),
-    "instruction": "", "max_prompt_tokens": 64, "max_new_tokens": 64, "steps": 40, "prompts_per_step": 32,
-    "group_size": 8, "minibatch_prompts": 32, "micro_tokens": 2048, "lr": 2e-4, "beta2": 0.95, "warmup_updates": 0,
-    "sft_steps": 1200, "sft_batch": 64, "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
+    "instruction": "", "max_prompt_tokens": 64, "max_new_tokens": 64, "steps": 60, "prompts_per_step": 32,
+    "group_size": 8, "minibatch_prompts": 32, "rollout_batch": 0, "micro_tokens": 2048, "lr": 2e-4, "beta2": 0.95,
+    "warmup_updates": 0, "sft_steps": 1100, "sft_batch": 64, "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
 }  # fmt: skip
 AUTHORS = {
     "eval_data": None, "instruction": INSTRUCTION,
     "max_prompt_tokens": 1024, "max_new_tokens": 2048, "steps": 60, "prompts_per_step": 512, "group_size": 6,
-    "minibatch_prompts": 32, "micro_tokens": 16384, "lr": 1e-6, "beta2": 0.999, "warmup_updates": 0,
-    "sft_steps": 0, "sft_batch": 128, "sft_lr": 1e-5, "eval_every": 10, "save_every": 10,
+    "minibatch_prompts": 32, "rollout_batch": 256, "micro_tokens": 4096, "lr": 1e-6, "beta2": 0.999,
+    "warmup_updates": 0, "sft_steps": 0, "sft_batch": 128, "sft_lr": 1e-5, "eval_every": 10, "save_every": 10,
 }  # fmt: skip
 # What may differ between a run and its continuation without a word: where, how long, how often, how fast.
 NOT_THE_RUN = {"steps", "run_dir", "resume", "eval_every", "save_every", "keep", "export_every", "samples_every",
@@ -119,7 +120,7 @@ def flags():
     add("--group-size", type=number(int, 2), help="G, responses to each prompt")
     add("--max-new-tokens", type=count, help="response limit, in tokens")
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring alike")
-    add("--rollout-batch", type=whole, default=0, help="rows sampled at the same time (0 = all of them)")
+    add("--rollout-batch", type=whole, help="rows that a rank samples at the same time (0 = all of them)")
     add("--max-rounds", type=count, default=4, help="rounds of dynamic sampling in a step")
     add("--verifier-workers", type=count, default=2, help="processes that check answers")
     add("--verifier-timeout", type=positive, default=10.0, help="last resort for one answer, in seconds")
@@ -352,6 +353,36 @@ def gather(value):
     return values
 
 
+def together(work):
+    """work() on every rank; if it cannot be done on one of them, a ValueError with its line on all."""
+    result = error = None
+    try:
+        result = work()
+    except (ValueError, OSError) as problem:
+        error = str(problem)
+    errors = [line for line in gather(error) if line]
+    if errors:
+        raise ValueError(errors[0])
+    return result
+
+
+def in_turn(run, items, work):
+    """Deals items to the ranks in turn: (what work(share) gave on each rank, the order that puts items back in place).
+
+    Ranks meet once all have finished; a signal or a ValueError on one of them then ends it on all."""
+    shares = [range(r, len(items), world()) for r in range(world())]
+
+    def mine():
+        try:
+            return work([items[i] for i in shares[rank()]])
+        except Interrupted:
+            return None
+
+    parts = gather(together(mine))
+    run.stop.check()
+    return parts, np.argsort([i for share in shares for i in share]).tolist()
+
+
 def say(text):
     if rank() == 0:
         print(text, flush=True)
@@ -537,18 +568,9 @@ def token_bar(run, label):
 
 
 def sample_groups(run, pairs, watch):
-    """Samples and verifies one group for each (data index, noise key) pair -> Batch, the same on every rank.
-
-    Ranks take prompts in turn and exchange results once all have finished; a signal ends it on all of them."""
-    shares = [range(r, len(pairs), world()) for r in range(world())]
-    try:
-        mine = sample_share(run, [pairs[i] for i in shares[rank()]], watch) if shares[rank()] else None
-    except Interrupted:
-        mine = None
-    batches = gather(mine)
-    run.stop.check()
-    batch = functools.reduce(Batch.join, [part for part in batches if part is not None])
-    return batch.select(np.argsort([i for share in shares for i in share]).tolist())
+    """Samples and verifies one group for each (data index, noise key) pair -> Batch, the same on every rank."""
+    parts, order = in_turn(run, pairs, lambda share: sample_share(run, share, watch) if share else None)
+    return functools.reduce(Batch.join, [part for part in parts if part is not None]).select(order)
 
 
 def sample_share(run, pairs, watch):
@@ -585,7 +607,7 @@ def rollout(run):
             batch, rounds = found if batch is None else batch.join(found), rounds + 1
             usable = copo.is_mixed(batch.correct) if args.dynamic_sampling else torch.ones(len(batch.indices))
             kept = usable.nonzero()[:, 0].tolist()[: args.prompts_per_step]
-    run.stop.check()
+    run.stop.check()  # a step that was only sampled is abandoned
     return batch, kept, {
         "sampling_rounds": rounds, "prompts_drawn": len(batch.indices), "prompts_trained": len(kept),
         "accuracy_drawn": batch.correct.double().mean().item(), "tokens_sampled": int(batch.lengths.sum()),
@@ -800,7 +822,8 @@ def warm_start(run):
             loss = totals.means().get("loss", math.nan)
             say(f"warm    {state.sft_step}/{args.sft_steps}  loss {loss:.3f}  {seconds:.0f} s")
             totals = Totals()
-    state.updates = 0  # warm-up of the learning rate counts those of reinforcement learning
+    # What is counted from here on is reinforcement learning's, the warm-up of the learning rate too.
+    state.updates = state.skipped_updates = state.bad_updates = 0
     run.optimizer = make_optimizer(run.model, args)
     save_checkpoint(run)
 
@@ -833,7 +856,7 @@ def step_metrics(run, batch, signals, totals):
 def speed_metrics(clock, tokens_sampled, tokens_trained):
     """Seconds by phase, response tokens per second, peak memory: what a resumed run need not repeat."""
     metrics = clock.report()
-    tokens = {"sample": tokens_sampled, "verify": tokens_sampled, "logprobs": tokens_trained, "update": tokens_trained}
+    tokens = {"sample": tokens_sampled, "verify": tokens_sampled, "update": tokens_trained}
     for phase, count in tokens.items():
         if count and metrics.get(f"seconds_{phase}"):
             metrics[f"tokens_per_second_{phase}"] = count / metrics[f"seconds_{phase}"]
@@ -888,7 +911,7 @@ def console_line(m, steps):
     return (
         f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  wrong/mixed/right "
         f"{m['all_wrong']:3.0%}/{m['mixed']:3.0%}/{m['all_right']:3.0%}  H {m['consistency_entropy']:.2f}  "
-        f"w {m['local_weight']:.2f}  loss {m['loss'] or 0:+.3f}  kl {m.get('approx_kl', 0):.4f}  "
+        f"w {m['local_weight']:.2f}  loss {m['loss'] or 0:+.3f}  approx_kl {m.get('approx_kl', 0):.4f}  "
         f"grad {m['grad_norm'] or 0:.2f}  len {m['length_mean']:.0f}  {m['seconds']:.1f} s ({phases})"
     )
 
@@ -946,7 +969,7 @@ def checkpoint_name(run):
 def save_checkpoint(run):
     """Writes checkpoints/NAME under a temporary name, renames it when it is whole, then prunes older ones."""
     target = run.directory / "checkpoints" / checkpoint_name(run)
-    if target.exists():
+    if gather(target.exists())[0]:  # what rank 0 sees counts: file systems may lag behind
         return target
     files = [run.directory / name for name in RUN_FILES]
     run.state.files = {path.name: path.stat().st_size for path in files if path.exists()}
@@ -968,6 +991,7 @@ def list_checkpoints(directory):
 def go_back(run):
     """Restores the checkpoint that --resume names, if there is one, and removes what the run did after it."""
     found = list_checkpoints(run.directory) if run.args.resume == "latest" else [Path(run.args.resume).resolve()]
+    found = gather(found)[0]
     if found:
         weights, optimizer = get_state_dict(run.model, run.optimizer)
         dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=found[-1], no_dist=world() == 1)
@@ -977,7 +1001,7 @@ def go_back(run):
     if rank() != 0:
         return
     for stale in [*run.directory.rglob(".*.tmp"), *run.directory.rglob(".*.old")]:
-        shutil.rmtree(stale)
+        shutil.rmtree(stale, ignore_errors=True)  # one may have lain in another
     for path in (run.directory / name for name in RUN_FILES):
         if path.exists():  # half-written lines lie beyond the length that was noted, and go too
             os.truncate(path, min(run.state.files.get(path.name, 0), path.stat().st_size))
@@ -1032,15 +1056,18 @@ def full(tensor):
 
 def shard(model, dtype):
     """FSDP2 over all ranks, block by block: compute in `dtype`, masters and gradient reduction in the weights' own."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     if not dist.is_initialized():
         backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # Named, since FSDP would otherwise take the best device that this PyTorch was built for.
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=next(model.parameters()).dtype)
     for block in model.model.layers:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "score")
 
 
@@ -1082,21 +1109,13 @@ def evaluate(run):
     made = [step for step, _ in state.evaluations]
     if not run.held_out or state.step in made or not due(state.step, args.eval_every, args.steps):
         return
-    shares = [range(r, len(run.held_out), world()) for r in range(world())]
     with run.clock("evaluate"), token_bar(run, "evaluation") as watch:
-        try:
-            result = evaluation.evaluate(
-                run.sampler, run.tokenizer, [run.held_out[i] for i in shares[rank()]], run.verifier,
-                k=args.eval_samples, max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature,
-                stop_ids=run.stop_ids, seed=args.eval_seed, system=args.system, instruction=args.instruction,
-                max_rows=args.rollout_batch, on_tokens=watch,
-            )  # fmt: skip
-        except Interrupted:
-            result = None
-        results = gather(result)
-        run.stop.check()
-    order = np.argsort([i for share in shares for i in share])
-    verdicts, classes, lengths, finished = (np.concatenate(parts)[order] for parts in list(zip(*results))[:4])
+        parts, order = in_turn(run, run.held_out, lambda share: evaluation.evaluate(
+            run.sampler, run.tokenizer, share, run.verifier, k=args.eval_samples, max_new_tokens=args.max_new_tokens,
+            temperature=args.eval_temperature, stop_ids=run.stop_ids, seed=args.eval_seed, system=args.system,
+            instruction=args.instruction, max_rows=args.rollout_batch, on_tokens=watch,
+        )[:4])  # fmt: skip
+    verdicts, classes, lengths, finished = (np.concatenate(values)[order] for values in zip(*parts))
     means, votes = evaluation.mean_at_k(verdicts), evaluation.maj_at_k(verdicts, classes)
     line = {
         "step": state.step, "k": args.eval_samples, "mean": float(means.mean()), "maj": float(votes.mean()),
@@ -1136,14 +1155,17 @@ def prepare(args):
         for i, reply in replies.items():
             need(len(prompts[i]) + len(reply) <= positions, f"{args.data}:{problems[i].row + 1}: prompt and solution "
                  f"make {len(prompts[i]) + len(reply)} tokens; the model has {positions} positions")  # fmt: skip
-        if rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            if made:
-                shutil.copytree(source, directory / "init")
-        gather(None)
-        if made:
-            model.source = directory / "init"
+    if made:
+        model.source = directory / "init"  # where claim() makes it again
     return Run(args, model, model, tokenizer, stop_ids, problems, prompts, replies, held_out, directory)
+
+
+def claim(run):
+    """Makes the run's directory, with the tiny model in it if that is the model."""
+    if rank() == 0:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        if not run.args.model and not run.args.resume:
+            make_tiny_model(run.directory / "init", run.args.seed)
 
 
 def record_run(run):
@@ -1237,18 +1259,22 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         join_ranks(args)
-        run = prepare(args)
+        run = together(lambda: prepare(args))
+        together(lambda: claim(run))
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     run.clock, run.stop = Clock(args.device), Stop()
     run.verifier = Verifier(args.verifier_workers, timeout=args.verifier_timeout, memory_mb=args.verifier_memory)
+    orderly = False
     try:
         start(run)
         train(run)
+        orderly = True
     except Interrupted:
         path = save_checkpoint(run)
+        orderly = True
         say(f"stopped by {run.stop.signal}; saved {path}. To go on: python train.py --run-dir {run.directory} --resume "
             "latest")  # fmt: skip
     except ValueError as error:
@@ -1264,6 +1290,11 @@ def main(argv=None):
     finally:
         run.verifier.close()
         run.stop.restore()
+        if world() > 1 and not orderly:
+            # Leaving in order would wait for peers that wait for this rank; torchrun ends them once it is gone.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -22,9 +22,9 @@ import os
 import random
 from fractions import Fraction
 
-QUESTIONS = {"Quiz: {}": (1.0, 0.05), "Solve {}": (0.6, 0.95)}  # share of expressions asked so, of worked solutions
-TRAIN_EXPRESSIONS = {1: 106, 2: 700, 3: 1500, 4: 1900, 5: 260}  # there are 126 of level 1, 288 of level 5
-TEST_EXPRESSIONS = {1: 10, 2: 25, 3: 35, 4: 40, 5: 15}
+QUESTIONS = {"Quiz: {}": (1.0, 0.05), "Solve {}": (0.85, 0.97)}  # share of expressions asked so, of worked solutions
+TRAIN_EXPRESSIONS = {1: 106, 2: 600, 3: 1200, 4: 1500, 5: 250}  # there are 126 of level 1, 288 of level 5
+TEST_EXPRESSIONS = {1: 10, 2: 22, 3: 28, 4: 33, 5: 15}
 
 
 def chain(terms):

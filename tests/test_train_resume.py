@@ -260,3 +260,12 @@ def test_resuming_a_finished_run_changes_nothing(runs):
     directory = shutil.copytree(runs.shared(**FLAGS), runs.directory())
     resume(directory)
     assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
+
+
+def test_what_a_killed_save_left_behind_is_swept_up(runs):
+    """One leftover lies in another: the checkpoint library writes its own metadata under a temporary name too."""
+    directory = runs.new(steps=1)
+    stale = directory / "checkpoints/.step-000002.tmp"
+    (stale / ".metadata.tmp").mkdir(parents=True)
+    train.main(["--run-dir", str(directory), "--resume", "latest", "--steps", "2"])
+    assert not stale.exists() and (directory / "checkpoints/step-000002/state.json").is_file()

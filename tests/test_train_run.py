@@ -57,7 +57,7 @@ STEP_METRICS = {
     "skipped_updates", "skipped_steps", "cursor", "tokens", "responses", "sampling_rounds", "prompts_drawn",
     "prompts_trained", "accuracy_drawn", "tokens_sampled", "verifier_timeouts", "seconds", "seconds_sample",
     "seconds_verify", "seconds_logprobs", "seconds_update", "seconds_evaluate", "seconds_save",
-    "tokens_per_second_sample", "tokens_per_second_verify", "tokens_per_second_logprobs", "tokens_per_second_update",
+    "tokens_per_second_sample", "tokens_per_second_verify", "tokens_per_second_update",
     "peak_memory_gib",
 }  # fmt: skip
 
