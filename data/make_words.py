@@ -3,8 +3,8 @@
     python data/make_words.py                 # writes words_train.jsonl and words_test.jsonl beside this file
 
 Each is a sum or a product of two numbers from 2 to 9, told as a story that ends with the operation in words: hard
-enough for a model of 135 million parameters, which is right on one in eight within 40 tokens. Held-out problems share the
-stories' patterns and the pairs of numbers with the training problems, but no problem text.
+enough for a model of 135 million parameters, which is right on one in eight within 40 tokens. Held-out problems share
+the stories' patterns and the pairs of numbers with the training problems, but no problem text.
 """
 
 import argparse
