@@ -11,7 +11,7 @@ Level 5  two fractions of one denominator            5/9+1/9       (2/3, 6/9 and
 A problem is asked as an exercise ("Solve 7+8-4") or in a quiz ("Quiz: 7+8-4"). Every `solution` in the training file
 is right, in one of two styles: *worked*, a line for each operation and then the boxed result, or *bare*, the boxed
 result alone. Exercises come with worked solutions and quizzes nearly always with bare ones, as in text found in the
-wild. So a tiny model that is warmed up on them can work problems out, but in a quiz it blurts out an answer, which for
+wild, or (half of the quizzes) with none, which are left to reinforcement learning. So a tiny model that is warmed up on them can work problems out, but in a quiz it blurts out an answer, which for
 the harder levels it cannot find in its head; reinforcement learning has to discover that showing the work pays there
 too. `require_value` asks for a value: `\\boxed{7+8}` is no answer to 7+8.
 """
@@ -22,9 +22,10 @@ import os
 import random
 from fractions import Fraction
 
-QUESTIONS = {"Quiz: {}": (1.0, 0.05), "Solve {}": (0.7, 0.97)}  # share of expressions asked so, of worked solutions
+# What is asked -> share of held-out expressions asked so, of training problems with a solution, of those worked.
+QUESTIONS = {"Quiz: {}": (1.0, 0.5, 0.05), "Solve {}": (0.4, 1.0, 0.97)}
 TRAIN_EXPRESSIONS = {1: 106, 2: 600, 3: 1200, 4: 1500, 5: 250}  # there are 126 of level 1, 288 of level 5
-TEST_EXPRESSIONS = {1: 10, 2: 24, 3: 32, 4: 38, 5: 15}
+TEST_EXPRESSIONS = {1: 12, 2: 28, 3: 40, 4: 46, 5: 16}
 
 
 def chain(terms):
@@ -72,7 +73,7 @@ def problem(level, rng):
             return "".join((s if i else "") + t for i, (s, _, t) in enumerate(terms)), first + lines, value
 
 
-def make(counts, rng, taken):
+def make(counts, rng, taken, held_out):
     """Problems of `counts[level]` distinct expressions of each level, none of them in `taken` (which grows)."""
     rows = []
     for level, count in counts.items():
@@ -82,12 +83,14 @@ def make(counts, rng, taken):
                 continue
             taken.add(text)
             count -= 1
-            for question, (asked, worked) in QUESTIONS.items():
-                if rng.random() >= asked:
+            for question, (asked, shown, worked) in QUESTIONS.items():
+                row = {"problem": question.format(text), "answer": str(value), "level": level, "require_value": True}
+                if held_out and rng.random() >= asked:
                     continue
-                solution = "\n".join([*(lines if rng.random() < worked else []), f"\\boxed{{{value}}}"])
-                rows.append({"problem": question.format(text), "answer": str(value), "solution": solution,
-                             "level": level, "require_value": True})
+                if not held_out and rng.random() < shown:
+                    steps = lines if rng.random() < worked else []
+                    row["solution"] = "\n".join([*steps, f"\\boxed{{{value}}}"])
+                rows.append(row)
     rng.shuffle(rows)
     return rows
 
@@ -98,9 +101,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, taken = random.Random(args.seed), set()
-    test, train = make(TEST_EXPRESSIONS, rng, taken), make(TRAIN_EXPRESSIONS, rng, taken)
-    for row in test:
-        del row["solution"]                                    # nobody trains on them
+    test = make(TEST_EXPRESSIONS, rng, taken, held_out=True)
+    train = make(TRAIN_EXPRESSIONS, rng, taken, held_out=False)
     for name, rows in (("train", train), ("test", test)):
         path = os.path.join(args.out, f"arithmetic_{name}.jsonl")
         with open(path, "w", encoding="utf-8") as file:
