@@ -10,10 +10,10 @@ Level 5  two fractions of one denominator            5/9+1/9       (2/3, 6/9 and
 
 A problem is asked as an exercise ("Solve 7+8-4") or in a quiz ("Quiz: 7+8-4"). Every `solution` in the training file
 is right, in one of two styles: *worked*, a line for each operation and then the boxed result, or *bare*, the boxed
-result alone. Exercises come with worked solutions and quizzes nearly always with bare ones, as in text found in the
-wild, or (half of the quizzes) with none, which are left to reinforcement learning. So a tiny model that is warmed up on them can work problems out, but in a quiz it blurts out an answer, which for
-the harder levels it cannot find in its head; reinforcement learning has to discover that showing the work pays there
-too. `require_value` asks for a value: `\\boxed{7+8}` is no answer to 7+8.
+result alone. Exercises come with worked solutions; half of the quizzes come with a solution, nearly always a bare one,
+as in text found in the wild. So a tiny model that is warmed up on them can work problems out, but in a quiz it blurts
+out an answer, which for the harder levels it cannot find in its head; reinforcement learning has to discover that
+showing the work pays there too. `require_value` asks for a value: `\\boxed{7+8}` is no answer to 7+8.
 """
 
 import argparse
