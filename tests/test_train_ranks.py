@@ -69,7 +69,7 @@ def test_three_ranks_give_the_run_of_one(runs, alone):
 def test_more_ranks_than_sequences_and_a_warm_start_with_a_reference(runs):
     """Two prompts of two responses on three ranks, one row an update less than there are ranks."""
     flags = {"steps": 2, "prompts_per_step": 2, "minibatch_prompts": 1, "group_size": 2, "sft_steps": 2, "sft_batch": 2,
-             "kl_coef": 0.1, "export_dtype": "float64"}  # fmt: skip
+             "kl_coef": 0.1, "overlong_factor": 1.0, "overlong_buffer": 6.0, "stop": ["=", "+", "?"], "export_dtype": "float64"}  # fmt: skip
     alone, directory = runs.shared(**flags), runs.directory()
     torchrun(3, runs.argv(flags, run_dir=directory))
     assert_same(tiny_runs.metrics(alone), tiny_runs.metrics(directory))
