@@ -51,8 +51,13 @@ def join_ranks(device, timeout):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Python objects and offloaded shards are exchanged on the CPU also where there are GPUs.
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        backend, patience = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timedelta(seconds=timeout)
+        store, number, count = next(dist.rendezvous("env://", timeout=patience))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps one store over its restarts (PyTorch 2.13), and in it the addresses of dead ranks. On one
+            # machine all ranks count restarts alike; on several they do not, see README.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
 
 
 def gather(value):
