@@ -18,6 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import model as model_file
 from model import Config, KVCache, Transformer, token_logprobs
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -120,7 +121,7 @@ def test_logits_and_saved_directory_equal_transformers(tmp_path, kind, tied, see
 
     # Out again, and in through transformers: the same weights and config, so identical logits.
     model.save_pretrained(tmp_path / "b")
-    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    saved = transformers.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
     assert torch.equal(theirs_logits(saved, ids), expected)
     assert ("lm_head.weight" in load_file(tmp_path / "b" / "model.safetensors")) == (not tied)
     assert json.loads((tmp_path / "b" / "config.json").read_text()) == config
@@ -205,6 +206,28 @@ def test_saving_and_loading_after_a_change_keeps_the_change(tmp_path):
     again = Transformer.from_pretrained(tmp_path / "b")
     assert all(torch.equal(v, gathered[k]) for k, v in again.state_dict().items())
     assert all(p.requires_grad for p in again.parameters())
+
+
+def test_large_models_are_written_in_files_of_limited_size(tmp_path, monkeypatch):
+    """Tensors are taken one by one, no more of them than a file holds; transformers reads the files by their index."""
+    config = random_config("qwen2", True, 3)
+    source = write(tmp_path / "a", config, oracle(config))
+    model, held = Transformer.from_pretrained(source), []
+    largest = max(tensor.numel() for tensor in model.state_dict().values()) * 4
+    monkeypatch.setattr(model_file, "SHARD_BYTES", largest)
+
+    def save(part, *rest, **more):
+        held.append(part)
+        save_file(part, *rest, **more)
+
+    monkeypatch.setattr(model_file, "save_file", save)
+    model.save_pretrained(tmp_path / "b", weights=((name, tensor * 2) for name, tensor in model.state_dict().items()))
+    files = sorted(path.name for path in (tmp_path / "b").glob("*.safetensors"))
+    assert len(files) == len(held) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(sum(tensor.numel() for tensor in part.values()) * 4 <= largest for part in held)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32).state_dict()
+    for again in (Transformer.from_pretrained(tmp_path / "b").state_dict(), theirs):
+        assert all(torch.equal(again[name], tensor * 2) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("shards", [1, 3])
