@@ -13,6 +13,7 @@ V vocabulary, n rows in flight.
 
 import json
 from collections import deque
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -175,11 +176,13 @@ def sample(
     rows=None,
     max_rows=0,
     on_tokens=None,
+    clock=nullcontext,
 ):
     """`group_size` responses to each prompt (a list of token ids) -> Samples, at most `max_rows` in flight (0: all).
 
     max_new_tokens: one limit, or one for each of the B rows. rows: the data row of each prompt, which keys its noise.
-    on_tokens(count) is told now and then how many tokens came since the last call; what it raises ends the sampling."""
+    on_tokens(count) is told now and then how many tokens came since the last call; what it raises ends the sampling.
+    clock("prefill") is entered around the passes over prompts."""
     total_rows = len(prompts) * group_size
     limits = [max_new_tokens] * total_rows if isinstance(max_new_tokens, int) else list(max_new_tokens)
     rows = range(len(prompts)) if rows is None else rows
@@ -228,7 +231,8 @@ def sample(
         # A prefill holds up everyone in flight, so it waits until a quarter of the rows stand free, and fills them all.
         if waiting and max_rows - len(row) >= max(max_rows // 4, waiting[0][2]):
             while work := _take(waiting, prompts, max_rows - len(row)):
-                prefilled, hidden = _prefill(model, [prompts[i] for i, _, _ in work])
+                with clock("prefill"):
+                    prefilled, hidden = _prefill(model, [prompts[i] for i, _, _ in work])
                 pairs = [(k, i * group_size + j + m) for k, (i, j, count) in enumerate(work) for m in range(count)]
                 origin, new = torch.tensor(pairs, device=device).unbind(1)
                 cache.copy_rows(prefilled, origin, torch.arange(len(new), device=device) + len(row))

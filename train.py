@@ -70,7 +70,7 @@ AUTHORS = {
 # What may differ between a run and its continuation without a word: where, how long, how often, how fast.
 NOT_THE_RUN = {"steps", "run_dir", "resume", "eval_every", "save_every", "keep", "export_every", "samples_every",
                "device", "micro_tokens", "rollout_batch", "verifier_workers", "timeout", "activation_checkpointing",
-               "cpu_offload", "free_sampler", "plan"}  # fmt: skip
+               "cpu_offload", "free_sampler", "compile", "plan"}  # fmt: skip
 # What its checkpoints were made with, and may not differ at all.
 FIXED = ("model", "dtype", "sft_steps", "sft_batch", "sft_lr")
 RUN_FILES = ("metrics.jsonl", "groups.jsonl", "eval.jsonl", "samples.txt")
@@ -148,6 +148,8 @@ def flags():
     add = parser.add_argument_group("optimisation").add_argument
     add("--minibatch-prompts", type=count, help="prompts of one optimiser update; divides P")
     add("--micro-tokens", type=count, help="padded tokens in one forward pass (one row at least)")
+    add("--old-logprobs", choices=["recompute", "sampler"], help="those of a step's later updates: from a forward pass "
+        "before them, or as sampled (default: sampler, but recompute in bfloat16)")  # fmt: skip
     add("--lr", type=positive, help="learning rate of AdamW")
     add("--warmup-updates", type=whole, help="updates over which the rate rises to --lr (0 = disabled)")
     add("--beta1", type=share, default=0.9, help="AdamW's decay of the gradient's mean")
@@ -182,6 +184,7 @@ def flags():
                                                                           "pass, and make the rest again")  # fmt: skip
     add("--cpu-offload", action=yes_no, default=False, help="masters, gradients and optimiser in the host's memory")
     add("--free-sampler", action=yes_no, default=False, help="give the sampling copy's memory back for the updates")
+    add("--compile", metavar="BACKEND", help="torch.compile for the layers that are trained, such as inductor")
     add("--plan", type=count, metavar="RANKS", help="print the memory that each of so many ranks needs, and exit")
     return parser
 
@@ -205,6 +208,7 @@ def parse_args(argv):
     args = argparse.Namespace(**args)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.old_logprobs = args.old_logprobs or ("recompute" if args.dtype == "bfloat16" else "sampler")
     check_flags(args, typed)
     if not args.resume:
         args.run_dir = args.run_dir or f"runs/{args.algo}-{datetime.now():%Y%m%d-%H%M%S}" + launched_by()
@@ -278,6 +282,8 @@ def check_flags(args, typed):
     for why, (applies, names) in idle.items():
         for name in names.split():
             need(not (applies and name in typed), f"{flag(name)} has no effect: {why}")
+    need(args.compile in (None, *torch.compiler.list_backends(exclude_tags=())),
+         f"--compile {args.compile}: no such backend of torch.compile")
     need(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device here")
 
 
@@ -555,23 +561,27 @@ class Totals:
 
 
 class Clock:
-    """Seconds by phase since the last report: `with clock("sample"): ...`."""
+    """Seconds by phase since the last report: `with clock("verify"): ...`. A phase within another counts as its own."""
 
     def __init__(self, device):
         self.device, self.seconds, self.started = device, Counter(), time.perf_counter()
 
     @contextlib.contextmanager
     def __call__(self, phase):
-        started = time.perf_counter()
-        yield
-        if self.device == "cuda":
-            torch.cuda.synchronize()  # kernels run on after the call that queued them
-        self.seconds[phase] += time.perf_counter() - started
+        started, others = time.perf_counter(), self.seconds.total()
+        try:
+            yield
+        finally:
+            if self.device == "cuda":
+                torch.cuda.synchronize()  # kernels run on after the call that queued them
+            within = self.seconds.total() - others
+            self.seconds[phase] += time.perf_counter() - started - within
 
     def report(self):
-        """{"seconds": all, "seconds_PHASE": each} since the last report."""
+        """{"seconds": all, "seconds_PHASE": each, "seconds_other": what no phase has} since the last report."""
         now = time.perf_counter()
         result = {"seconds": now - self.started} | {f"seconds_{name}": s for name, s in self.seconds.items()}
+        result["seconds_other"] = result["seconds"] - self.seconds.total()
         self.seconds, self.started = Counter(), now
         return result
 
@@ -630,11 +640,11 @@ def sample_share(run, pairs, watch):
     """This rank's share of sample_groups -> Batch."""
     args, indices = run.args, [i for i, _ in pairs]
     prompts, asked = [run.prompts[i] for i in indices], [run.problems[i] for i in indices]
-    with run.clock("sample"):
+    with run.clock("decode"):
         samples = sample(
             run.sampler, prompts, args.group_size, args.max_new_tokens, args.temperature, stop_ids=run.stop_ids,
             seed=args.seed, step=run.state.step, rows=[key for _, key in pairs], max_rows=args.rollout_batch,
-            on_tokens=watch,
+            on_tokens=watch, clock=run.clock,
         )  # fmt: skip
     with run.clock("verify"):
         replies = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist())]
@@ -664,6 +674,7 @@ def rollout(run):
     return batch, kept, {
         "sampling_rounds": rounds, "prompts_drawn": len(batch.indices), "prompts_trained": len(kept),
         "accuracy_drawn": batch.correct.double().mean().item(), "tokens_sampled": int(batch.lengths.sum()),
+        "prompt_tokens": sum(map(len, batch.prompts)),
         "verifier_timeouts": int(batch.timed_out.sum()),
     }  # fmt: skip
 
@@ -754,18 +765,20 @@ def train_on(run, batch, signals):
     order = np.random.default_rng([args.seed, 2, run.state.step]).permutation(len(batch.indices)).tolist()
     parts = [order[i : i + args.minibatch_prompts] for i in range(0, len(order), args.minibatch_prompts)]
     parts = [[i * group_size + j for i in part for j in range(group_size)] for part in parts]
-    old_logprobs = ref_logprobs = None
-    with run.clock("logprobs"):
-        if len(parts) > 1:  # taken now, before the weights move; the first update needs none but its own
+    # The first update needs none but its own, see update().
+    old_logprobs = batch.logprobs.flatten(0, 1) if args.old_logprobs == "sampler" else None
+    ref_logprobs = None
+    if len(parts) > 1 and args.old_logprobs == "recompute":
+        with run.clock("logprobs"):  # now, before the weights move
             old_logprobs = score_rows(run.model, batch, [row for part in parts[1:] for row in part], args)
-        if run.reference is not None:
+    if run.reference is not None:
+        with run.clock("logprobs"):
             ref_logprobs = score_rows(run.reference, batch, [row for part in parts for row in part], args)
-    with run.clock("update"):
-        for number, rows in enumerate(parts):
-            place = [name for name, holds in (("first", number == 0), ("last", rows is parts[-1])) if holds]
-            attempt = copy.deepcopy(totals)
-            if update(run, batch, rows, signals, old_logprobs if number else None, ref_logprobs, attempt, place):
-                totals = attempt
+    for number, rows in enumerate(parts):
+        place = [name for name, holds in (("first", number == 0), ("last", rows is parts[-1])) if holds]
+        attempt = copy.deepcopy(totals)
+        if update(run, batch, rows, signals, old_logprobs if number else None, ref_logprobs, attempt, place):
+            totals = attempt
     return totals.reduced()
 
 
@@ -785,7 +798,8 @@ def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=
     }
     for part, ids, prompt_lengths, lengths in packed_parts(pairs_of(batch, rows.tolist()), args):
         part = rows[part]
-        logprobs, entropy = run.model.score(ids, prompt_lengths, lengths, args.temperature)
+        with run.clock("forward"):
+            logprobs, entropy = run.model.score(ids, prompt_lengths, lengths, args.temperature)
         width = logprobs.shape[1]
         mask = torch.arange(width, device=args.device) < lengths[:, None]
         old = logprobs.detach() if old_logprobs is None else old_logprobs[part, :width].to(logprobs)
@@ -796,7 +810,8 @@ def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=
             num_sequences=num_sequences, kl_coef=args.kl_coef,
             ref_logprobs=None if ref_logprobs is None else ref_logprobs[part, :width].to(logprobs),
         )  # fmt: skip
-        (loss * world()).backward()  # sharded gradients are means over ranks, and ours is their sum
+        with run.clock("backward"):
+            (loss * world()).backward()  # sharded gradients are means over ranks, and ours is their sum
         loss_sum += float(loss.detach())
         # Sampling and scoring are to agree up to rounding; where they do not, the sampler is not the policy.
         difference = torch.where(mask, old - sampled[part, :width].to(old), 0.0).abs().double()
@@ -806,7 +821,8 @@ def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=
         for name, (total, count) in metrics.items():
             totals.add(name, total, count)
     rate = args.lr * min(1.0, (run.state.updates + 1) / max(args.warmup_updates, 1))
-    return finish_update(run, loss_sum, rate, totals)
+    with run.clock("optimizer"):
+        return finish_update(run, loss_sum, rate, totals)
 
 
 def finish_update(run, loss, rate, totals):
@@ -907,10 +923,11 @@ def step_metrics(run, batch, signals, totals):
     return metrics | {name: getattr(run.state, name) for name in counters}
 
 
-def speed_metrics(clock, tokens_sampled, tokens_trained):
-    """Seconds by phase, response tokens per second, peak memory: what a resumed run need not repeat."""
+def speed_metrics(clock, tokens_prefilled, tokens_sampled, tokens_trained):
+    """Seconds by phase, tokens per second, peak memory: what a resumed run need not repeat."""
     metrics = clock.report()
-    tokens = {"sample": tokens_sampled, "verify": tokens_sampled, "update": tokens_trained}
+    tokens = {"prefill": tokens_prefilled, "decode": tokens_sampled, "verify": tokens_sampled}
+    tokens |= dict.fromkeys(("logprobs", "forward", "backward"), tokens_trained)
     for phase, count in tokens.items():
         if count and metrics.get(f"seconds_{phase}"):
             metrics[f"tokens_per_second_{phase}"] = count / metrics[f"seconds_{phase}"]
@@ -960,7 +977,8 @@ def sample_table(run, batch, signals):
 
 def console_line(m, steps):
     """One step for a person to read."""
-    phases = {name: m.get(f"seconds_{name}", 0) for name in ("evaluate", "sample", "verify", "logprobs", "update")}
+    names = ("evaluate", "prefill", "decode", "verify", "logprobs", "forward", "backward", "optimizer", "save", "other")
+    phases = {name: m.get(f"seconds_{name}", 0) for name in names}
     phases = " ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
     return (
         f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  wrong/mixed/right "
@@ -991,7 +1009,7 @@ def log_step(run, batch, signals, drawing, totals):
     raise_alarms(metrics, run.state)
     append(run.directory / "groups.jsonl", [json.dumps(line) for line in group_lines(run, batch, signals)])
     trained = int(batch.lengths.sum()) if drawing["prompts_trained"] else 0
-    metrics |= speed_metrics(run.clock, drawing["tokens_sampled"], trained)
+    metrics |= speed_metrics(run.clock, drawing["prompt_tokens"], drawing["tokens_sampled"], trained)
     append(run.directory / "metrics.jsonl", [json.dumps(metrics)])
     say(console_line(metrics, run.args.steps))
     if not drawing["prompts_trained"]:
@@ -1289,6 +1307,8 @@ def start(run):
     args = run.args
     for block in run.model.model.layers:
         block.recompute = args.activation_checkpointing
+        if args.compile:
+            block.compute = torch.compile(block.compute, backend=args.compile, dynamic=True)
     if sharded(args):
         run.sampler = second_copy(run, run.model.source)
         shard(run.model, args)

@@ -123,6 +123,8 @@ SAME_NUMBERS = {
     "activation_checkpointing": (True, "runs of a layer"),
     "cpu_offload": (True, "place of the masters"),
     "free_sampler": (True, "size of the copy during updates"),
+    "old_logprobs": ("recompute", "calls of score_rows"),
+    "compile": ("eager", "backend of the layers"),
     "timeout": (5.0, "time-out of the process group"),
     "plan": (8, "what is printed instead of a run"),
 }
@@ -242,6 +244,30 @@ def test_a_freed_sampler_comes_back_for_every_rollout(runs, monkeypatch):
     assert tiny_runs.difference(other, base) is None
 
 
+def test_old_logprobs_come_from_where_the_flag_says(runs, monkeypatch):
+    """In float64 both are the same numbers; in bfloat16 they are not, and another forward pass is the default."""
+    calls, inner = [], train.score_rows
+    monkeypatch.setattr(train, "score_rows", lambda *rest: (calls.append(1), inner(*rest))[1])
+    sampled = runs.new()
+    assert not calls
+    again = runs.new(old_logprobs="recompute")
+    assert len(calls) == 2  # steps
+    for ours, theirs in zip(tiny_runs.metrics(sampled), tiny_runs.metrics(again), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+    recomputed, narrow = runs.new(dtype="bfloat16"), runs.new(dtype="bfloat16", old_logprobs="sampler")
+    assert len(calls) == 4
+    assert tiny_runs.metrics(recomputed)[0]["ratio"] != tiny_runs.metrics(narrow)[0]["ratio"]
+
+
+def test_compiled_layers_change_no_number(runs, monkeypatch):
+    seen, inner = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *rest, **more: (seen.append(more["backend"]), inner(*rest, **more))[1])
+    other = runs.new(compile="eager")
+    assert seen == ["eager", "eager"]  # layers
+    for ours, theirs in zip(tiny_runs.metrics(other), tiny_runs.metrics(runs.shared()), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+
+
 def test_timeout_is_that_of_the_process_group(runs, monkeypatch):
     seen = []
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -294,6 +320,7 @@ def test_presets_and_sizes_lie_below_what_is_typed(runs):
 
 REFUSALS = {
     "more memory than there is": ({"micro_tokens": 10**12}, "GiB at its fullest"),
+    "no such compiler": ({"compile": "gcc"}, "--compile gcc"),
     "nothing to free": ({"free_sampler": True}, "--free-sampler has no effect"),
     "an unknown flag": ({"run_dir": "RUN", "colour": 3}, "--colour"),
     "an unknown blend": ({"blend": "softest"}, "softest"),

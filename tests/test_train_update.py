@@ -37,7 +37,8 @@ class Optimizer:
 def make_run(dtype=torch.float64, **changes):
     network = model.Transformer.from_config(tiny_runs.CONFIG | {"vocab_size": VOCABULARY}, dtype=dtype, seed=3)
     flags = vars(train.flags().parse_args([])) | train.AUTHORS | copo.PRESETS["copo"]
-    flags |= {"device": "cpu", "max_new_tokens": 9, "temperature": 0.8, "max_grad_norm": 0.0, "lr": 1e-3}
+    flags |= {"device": "cpu", "max_new_tokens": 9, "temperature": 0.8, "max_grad_norm": 0.0, "lr": 1e-3,
+              "old_logprobs": "recompute"}  # fmt: skip
     args = argparse.Namespace(**flags | {"minibatch_prompts": PROMPTS} | changes)
     run = train.Run(args, network, network, None, [0], [], [], {}, [], None)
     run.optimizer = Optimizer(dict(network.named_parameters()))
@@ -246,8 +247,9 @@ def watch_losses(monkeypatch):
     return calls
 
 
-def test_old_logprobs_are_those_before_any_update(monkeypatch):
-    run = make_run(minibatch_prompts=2, lr=0.05)
+@pytest.mark.parametrize("source", ["recompute", "sampler"])
+def test_old_logprobs_are_those_before_any_update(monkeypatch, source):
+    run = make_run(minibatch_prompts=2, lr=0.05, old_logprobs=source)
     batch = make_batch(run)
     run.optimizer = train.make_optimizer(run.model, run.args)
     calls = watch_losses(monkeypatch)
