@@ -12,7 +12,6 @@ Shapes: N problems, k samples of each, S seeds.
 
 import argparse
 import glob
-import itertools
 import json
 import math
 import os
@@ -215,6 +214,8 @@ def parse_args(argv):
     for flag, least in (("k", 1), ("top_k", 0), ("max_new_tokens", 1), ("limit", 0), ("seed", 0), ("rollout_batch", 0)):
         if getattr(args, flag) < least:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}")
+    if args.authors_metrics and args.k < 2:
+        parser.error("--authors-metrics needs --k of at least 2: there is no vote of one")
     if not 0 < args.temperature < math.inf:
         parser.error(f"--temperature is {args.temperature}; it must be above 0 (for 0 say --greedy)")
     if not 0 < args.top_p <= 1:
@@ -306,7 +307,8 @@ def load_run(path):
     """The run in a directory -> TrainedRun. ValueError if it has failed: nothing in it can be compared, and why.
 
     A run's files do not tell a crash from a run that is still going. Failed is therefore what has no figure to show (no
-    flags, no evaluation, damaged lines) or ended in updates that were not finite; the rest counts as far as it came."""
+    flags, no evaluation, damaged lines), changed its configuration on the way, or ended in updates that are not finite;
+    the rest counts as far as it came."""
 
     def lines(name):
         text = Path(path, name).read_text(encoding="utf-8") if Path(path, name).exists() else ""
@@ -314,11 +316,13 @@ def load_run(path):
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     try:
-        flags = json.loads(Path(path, "run.json").read_text(encoding="utf-8"))["flags"]
-        run = TrainedRun(path, flags, {line["step"]: line for line in lines("eval.jsonl")}, lines("metrics.jsonl"))
-        sizes = {len(line["per_problem"]) for line in run.evaluations.values()}
-        if len(sizes) != 1:
-            raise ValueError("evaluations of different problems" if sizes else "no evaluation when it ended, or yet")
+        about = json.loads(Path(path, "run.json").read_text(encoding="utf-8"))
+        evaluations = {line["step"]: line for line in lines("eval.jsonl")}
+        run = TrainedRun(path, about["flags"], evaluations, lines("metrics.jsonl"))
+        if changed := [name for resumed in about.get("resumed", ()) for name in resumed["changed"]]:
+            raise ValueError(f"two configurations in one run, which was resumed with another {', '.join(changed)}")
+        if len({len(line["per_problem"]) for line in run.evaluations.values()}) != 1:
+            raise ValueError("evaluations of different problems, or no evaluation when it ended, or yet")
         if run.metrics and run.metrics[-1]["loss"] is None and run.metrics[-1]["prompts_trained"]:
             raise ValueError(f"no update of its last step, {run.metrics[-1]['step']}, was finite")
         group_runs([run])
@@ -332,25 +336,26 @@ def group_runs(runs):
     """Runs by configuration -> ({name: its runs, by seed}, {name: the flags in which configurations differ}).
 
     A name is the preset, and what tells it from other configurations of that preset."""
-
-    def differing(kinds):
-        return sorted(name for name in set().union(*kinds) if any(k.get(name) != kinds[0].get(name) for k in kinds))
-
     grouped, kinds = {}, {}
     for run in sorted(runs, key=lambda run: run.flags["seed"]):
         # of data files the last two names, since a repository may lie anywhere
         places = {name: "/".join(Path(run.flags[name] or "").parts[-2:]) for name in ("data", "eval_data")}
         kind = {name: value for name, value in (run.flags | places).items() if name not in NOT_A_CONFIGURATION}
         kinds[key := json.dumps(kind, sort_keys=True)] = kind
-        grouped.setdefault(key, []).append(run)
-        if [other.flags["seed"] for other in grouped[key]].count(run.flags["seed"]) > 1:
-            raise ValueError(f"{grouped[key][-2].path} and {run.path}: equal flags and one seed; leave out one of them")
-    names = {}
+        same = grouped.setdefault(key, [])
+        if same and same[-1].flags["seed"] == run.flags["seed"]:
+            raise ValueError(f"{same[-1].path} and {run.path}: equal flags and one seed; leave out one of them")
+        same.append(run)
+
+    def differing(kind, others):
+        return {name: kind[name] for name in sorted(kind) if any(other.get(name) != kind[name] for other in others)}
+
+    named, flags = {}, {}
     for key, kind in kinds.items():
-        rivals = differing([other for other in kinds.values() if other["algo"] == kind["algo"]])
-        names[key] = " ".join([kind["algo"], *(f"{flag}={kind.get(flag)}" for flag in rivals)])
-    flags = {names[key]: {f: kind.get(f) for f in differing(list(kinds.values()))} for key, kind in kinds.items()}
-    return {names[key]: same for key, same in grouped.items()}, flags
+        rivals = differing(kind, [other for other in kinds.values() if other["algo"] == kind["algo"]])
+        name = " ".join([kind["algo"], *(f"{flag}={value}" for flag, value in rivals.items())])
+        named[name], flags[name] = grouped[key], differing(kind, kinds.values())
+    return named, flags
 
 
 def run_figures(run, steps):
@@ -375,20 +380,21 @@ def run_figures(run, steps):
     return {name: np.atleast_1d(values) for name, values in figures.items()}
 
 
-def compare_runs(named, baseline, seed):
+def compare_runs(named, baseline):
     """One dict for each figure and configuration: its mean over runs, the interval, and both of the difference to the
     baseline's runs of the same seeds, at the steps that both evaluated: half a run against a whole one says nothing."""
 
     def summary(by_run):
         values = np.array(by_run, dtype=np.float64)  # (S,N) or (S,1)
-        interval = bootstrap_interval(values, seed=seed) if values.size > 1 else None
+        interval = bootstrap_interval(values) if values.size > 1 else None
         return {"mean": values.mean(), "interval": interval, "runs": values.mean(axis=1).tolist()}
 
-    rows = []
+    rows, others = [], {run.flags["seed"]: run for run in named.get(baseline, ())}
     for name, same in named.items():
         own, pairs = [run_figures(run, run.evaluations) for run in same], []
-        for run, other in itertools.product(same, named[baseline] if baseline not in (None, name) else ()):
-            if run.flags["seed"] == other.flags["seed"] and (steps := set(run.evaluations) & set(other.evaluations)):
+        for run in same:
+            other = others.get(run.flags["seed"]) if name != baseline else None
+            if other and (steps := set(run.evaluations) & set(other.evaluations)):
                 pairs.append((run_figures(run, steps), run_figures(other, steps)))
         for key in own[0]:
             rows.append({"figure": key, "configuration": name} | summary([one[key] for one in own if key in one]))
@@ -401,32 +407,30 @@ def compare_runs(named, baseline, seed):
 def print_comparison(report):
     """Tables, aligned on the console and in Markdown."""
 
-    def show(header, rows):
-        widths = [max(map(len, column)) for column in zip(header, *rows)]
-        for row in [header, ["-" * width for width in widths], *rows]:
+    def show(*rows):
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
             print("| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |")
-        print()
 
-    def text(figure, one, sign=""):
-        form = (f"{{:{sign},.0f}}" if figure in ("tokens sampled", "seconds") else f"{{:{sign}.1%}}").format
+    def text(row, sign=""):
+        one = row["difference"] if sign else row
+        form = (f"{{:{sign},.0f}}" if row["figure"] in ("tokens sampled", "seconds") else f"{{:{sign}.1%}}").format
         if one is None or one["interval"] is None:
             return form(one["mean"]) if one else ""
         low, high = one["interval"]
         return f"{form(one['mean'])} [{form(low)}, {form(high)}]" + " *" * (sign == "+" and low * high > 0)
 
-    names, minus = list(next(iter(report["flags"].values()))), report["baseline"]
     seeds = {name: ", ".join(f"{r['seed']}" + f" (unfinished: step {r['step']} of {r['of']})" * (r["step"] < r["of"])
                              for r in runs) for name, runs in report["runs"].items()}  # fmt: skip
-    show(["configuration", *names, "seeds"],
-         [[name, *map(str, flags.values()), seeds[name]] for name, flags in report["flags"].items()])  # fmt: skip
-    for path, reason in report["failed"].items():
-        print(f"failed, and in no figure: {path}: {reason}")
-    rows = [[row["figure"], row["configuration"], text(row["figure"], row)] for row in report["figures"]]
-    gaps = [[text(row["figure"], row["difference"], "+")] * bool(minus) for row in report["figures"]]
-    show(["figure", "configuration", "value [95 % interval]", *[f"minus {minus}"] * bool(minus)],
-         [row + gap for row, gap in zip(rows, gaps)])  # fmt: skip
-    print(f"{report['problems']} held-out problems. Best step: each run's evaluation with the highest mean, chosen on "
-          "these same problems,\nwhich flatters it. Tokens, seconds and groups: training up to the last evaluation; "
+    show(["configuration", *next(iter(report["flags"].values())), "seeds"],
+         *([name, *map(str, flags.values()), seeds[name]] for name, flags in report["flags"].items()))  # fmt: skip
+    print("".join(f"\nfailed, and in no figure: {path}: {reason}" for path, reason in report["failed"].items()))
+    minus = [f"minus {report['baseline']}"] if report["baseline"] else []
+    show(["figure", "configuration", "value [95 % interval]", *minus],
+         *([row["figure"], row["configuration"], text(row), *[text(row, "+") for _ in minus]]
+           for row in report["figures"]))  # fmt: skip
+    print(f"\n{report['problems']} held-out problems. Best step: each run's evaluation with the highest mean, chosen "
+          "on these same problems,\nwhich flatters it. Tokens, seconds and groups: training up to the last evaluation; "
           "shares are means over steps.\nIntervals: bootstrap over seeds, then problems; the lower five over seeds.")
     if lone := [name for name, runs in report["runs"].items() if len(runs) == 1]:
         print(f"One seed, so over problems only, which says nothing of other seeds: {'; '.join(lone)}")
@@ -435,7 +439,7 @@ def print_comparison(report):
               f"excludes 0;\nof {count} differences that were all 0, {count / 20:.1f} would by chance.")  # fmt: skip
 
 
-def plot_curves(named, path, seed):
+def plot_curves(named, path):
     """Held-out mean@k over the steps that all runs of a configuration evaluated, with its 95 % band."""
     import matplotlib
 
@@ -447,7 +451,7 @@ def plot_curves(named, path, seed):
         steps = sorted(set.intersection(*(set(run.evaluations) for run in same)))
         values = [np.array([run.evaluations[step]["per_problem"] for run in same]) for step in steps]  # (S,N) each
         (line,) = axes.plot(steps, [v.mean() for v in values], "o-", label=f"{name} (seeds: {len(same)})")
-        bands = np.transpose([bootstrap_interval(v, seed=seed) for v in values])
+        bands = np.transpose([bootstrap_interval(v) for v in values])
         axes.fill_between(steps, *bands, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="step", ylabel="held-out accuracy, 95 % band", ylim=(0, 1))
     axes.legend(frameon=False)
@@ -463,7 +467,6 @@ def compare(argv):
     add("--baseline", metavar="RUN_OR_CONFIGURATION", help="what differences are taken to")
     add("--plot", metavar="PNG", help="draw the held-out curves with their bands (needs matplotlib)")
     add("--json", metavar="FILE", help="write all figures, each run's too, to this file")
-    add("--seed", type=int, default=0, help="of the bootstrap")
     args = parser.parse_args(argv)
     if args.plot and not find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
@@ -488,15 +491,14 @@ def compare(argv):
         baseline = args.baseline and places.get(str(Path(args.baseline)), args.baseline)
         if baseline not in (None, *named):
             raise ValueError(f"--baseline {baseline} is neither one of the runs nor one of: {'; '.join(named)}")
-        report = {"problems": min(judged)[1], "baseline": baseline, "flags": flags, "failed": failed}
-        report["runs"] = {name: [{"path": run.path, "seed": run.flags["seed"], "step": max(run.evaluations),
-                                  "of": run.flags["steps"]} for run in same]
-                          for name, same in named.items()}  # fmt: skip
-        report["figures"] = compare_runs(named, baseline, args.seed)
+        about = {name: [{"path": run.path, "seed": run.flags["seed"], "step": max(run.evaluations),
+                         "of": run.flags["steps"]} for run in same] for name, same in named.items()}  # fmt: skip
+        report = {"problems": min(judged)[1], "baseline": baseline, "flags": flags, "runs": about, "failed": failed,
+                  "figures": compare_runs(named, baseline)}  # fmt: skip
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if args.plot:
-            plot_curves(named, args.plot, args.seed)
+            plot_curves(named, args.plot)
     except (ValueError, OSError) as error:
         _refuse(error)
     print_comparison(report)

@@ -333,6 +333,7 @@ def refused(capsys, arguments):
         (["--rollout-batch", -1], "--rollout-batch is -1"),
         (["--greedy", "--k", 4], "--greedy has one response"),
         (["--greedy", "--top-p", 0.5], "--greedy has one response"),
+        (["--greedy", "--authors-metrics"], "--authors-metrics needs --k"),
         (["--device", "tpu"], "--device: invalid choice"),
         (["--dtype", "float16"], "--dtype: invalid choice"),
         (["--temp", 1], "--temp"),  # no guessing at half a flag
@@ -609,15 +610,20 @@ def test_failed_runs_are_listed_and_unfinished_ones_count(capsys, three_runs):
     (runs / "damaged/eval.jsonl").write_text('{"step": 0,\n{"step": 1}\n')
     fake_run(runs / "older", {1: ([0] * 4, [0] * 4)}, [])
     (runs / "older/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    fake_run(runs / "changed", {1: ([0] * 4, [0] * 4)}, [])
+    about = json.loads((runs / "changed/run.json").read_text())
+    about["resumed"] = [{"step": 0, "changed": {}}, {"step": 1, "changed": {"gamma": [1.0, 5.0]}}]
+    (runs / "changed/run.json").write_text(json.dumps(about))
     with open(three_runs / "copo-1/eval.jsonl", "a") as file:
         file.write('{"step": 30, "k":')  # killed while writing: the line before counts
     text, report, _ = compared(capsys, three_runs, three_runs / "copo-*", runs / "*")
     reasons = {path.split("/")[-1]: reason for path, reason in report["failed"].items()}
-    assert reasons.keys() == {"empty", "killed-in-warm-start", "diverged", "damaged", "older"}
+    assert reasons.keys() == {"empty", "killed-in-warm-start", "diverged", "damaged", "older", "changed"}
+    assert "resumed with another gamma" in reasons["changed"]
     assert "run.json" in reasons["empty"] and "no evaluation" in reasons["killed-in-warm-start"]
     assert "step, 7, was finite" in reasons["diverged"] and "unreadable: JSONDecodeError" in reasons["damaged"]
     assert "'tokens'" in reasons["older"]
-    assert text.count("failed, and in no figure") == 5 and len(report["runs"]["copo"]) == 2
+    assert text.count("failed, and in no figure") == 6 and len(report["runs"]["copo"]) == 2
 
 
 def test_a_real_run_is_read(capsys, tmp_path, monkeypatch):
