@@ -324,7 +324,7 @@ def read_groups(path, only_step=None):
 
 
 def lab_figures(steps, rule):
-    """What a rule (a row of PRESETS; None: the run's own, by the w, A^l and A^g it saved, coef 1) makes of saved groups.
+    """What a rule (a row of PRESETS; None: the run's, by the w, A^l and A^g it saved, coef 1) makes of saved groups.
 
     -> means over right and over wrong responses of w, A^l, A^g and A; shares of the gradient by kind of group, of wrong
     responses pushed up, and of groups without gradient. NaN where there is nothing to take a mean of."""

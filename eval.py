@@ -286,7 +286,7 @@ def print_summary(evaluation, seconds, seed):
 def print_authors_metrics(evaluation):
     """The figures as the authors' code would state them, beside ours and never in their place."""
     k = evaluation.verdicts.shape[1]
-    print("\nThe authors' bootstrap: k of the samples drawn with replacement, 1,000 times, seed 42; no answer votes")
+    print("\nThe authors' bootstrap: k samples drawn with replacement, 1,000 times, seed 42; missing answers vote")
     for size in sorted({2**i for i in range(1, k.bit_length())} | ({k} - {1})):
         maj = bootstrap_maj_at_k(evaluation.verdicts, evaluation.classes, size).mean()
         best = bootstrap_best_at_k(evaluation.verdicts, size).mean()

@@ -31,6 +31,7 @@ LONG = {
     "python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct": "36 minutes, and the model from the Hub",
     "python train.py --model Qwen/": "a model from the Hub",
     "python eval.py --model runs/mine/model": "needs the run above it",
+    "python eval.py --model runs/lab/copo-0/model": "17 seconds, after the run",
     "python train.py --run-dir runs/mine": "needs the run above it",
     "torchrun": "never run: several GPUs",
     "python train.py --seed": "3.8 minutes on two cores (README)",
