@@ -2,7 +2,8 @@
 
     python eval.py --model runs/demo/model --data data/arithmetic_test.jsonl --instruction "" --max-new-tokens 64
     python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data problems.jsonl --greedy --limit 100
-    python eval.py --compare 'runs/*' --baseline grpo              # runs of train.py instead of a checkpoint
+    torchrun --nproc-per-node 8 eval.py --model DIR --data problems.jsonl      # the problems dealt to eight GPUs
+    python eval.py --compare 'runs/*' --baseline grpo                          # runs of train.py, by their files
 
 Same sampler and same checker as in training, which calls evaluate() from here. The noise of a response is a function of
 (seed, data row, sample) alone, so that two checkpoints, or one at two steps, are compared on the same draws.
@@ -18,12 +19,14 @@ import os
 import sys
 import time
 from collections import Counter, namedtuple
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from model import Transformer
@@ -32,6 +35,70 @@ from sampler import encode_prompt, load_tokenizer, sample, stop_token_ids
 
 # What follows a problem unless --instruction says otherwise: the words that the Qwen2.5 models were tuned with
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+# -------------------------------------------------------- ranks: one process for each GPU under torchrun, else just one
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks(device, timeout):
+    """Meets the other processes that torchrun started, if it did. No rank waits for another for over `timeout` s."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Python objects and offloaded shards are exchanged on the CPU also where there are GPUs.
+        backend, patience = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timedelta(seconds=timeout)
+        store, number, count = next(dist.rendezvous("env://", timeout=patience))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps one store over its restarts (PyTorch 2.13), and in it the addresses of dead ranks. On one
+            # machine all ranks count restarts alike; on several they do not, see README.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
+
+
+def gather(value):
+    """Every rank's value, in the order of ranks, on every rank."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def together(work):
+    """work() on every rank; if it cannot be done on one of them, a ValueError with its line on all."""
+    result = error = None
+    try:
+        result = work()
+    except (ValueError, OSError) as problem:
+        error = str(problem)
+    errors = [line for line in gather(error) if line]
+    if errors:
+        raise ValueError(errors[0])
+    return result
+
+
+def deal_out(items, work):
+    """Deals items to the ranks in turn: (what work(share) gave on each rank, the order that puts items back in place).
+
+    Ranks meet once all have finished; a ValueError on one of them then ends it on all."""
+    shares = [range(r, len(items), world()) for r in range(world())]
+    parts = gather(together(lambda: work([items[i] for i in shares[rank()]])))
+    return parts, np.argsort([i for share in shares for i in share]).tolist()
+
+
+def say(text):
+    if rank() == 0:
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------- sampling and checking
 
 
 class Evaluation(NamedTuple):
@@ -83,6 +150,18 @@ def evaluate(
         [group.answers for group in groups],
         responses,
     )
+
+
+def merge(parts, order):
+    """The Evaluations of the ranks' shares as one, in the order of the problems: what deal_out() gives."""
+
+    def joined(field):
+        if isinstance(field[0], np.ndarray):
+            return np.concatenate(field)[order]
+        rows = [row for share in field for row in share]
+        return [rows[i] for i in order]
+
+    return Evaluation(*map(joined, zip(*parts)))
 
 
 # ---------------------------------------------------------------------------------- metrics, one value per problem
@@ -179,7 +258,8 @@ def metrics_per_problem(verdicts, classes):
 
 def _refuse(message):
     """One line on stderr and exit code 2: what every wrong flag and unreadable file ends in."""
-    print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -510,6 +590,7 @@ def main(argv=None):
         return compare(argv)
     args = parse_args(argv)
     try:
+        join_ranks(args.device, timeout=7200)
         dropped = Counter()
         problems = load_problems(args.data, dropped)
         problems = problems[: args.limit or None]
@@ -519,23 +600,28 @@ def main(argv=None):
         reasons = "".join(f", {count} dropped ({reason})" for reason, count in sorted(dropped.items()))
         shape = f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}"
         how = "one greedy response each" if args.greedy else f"{args.k} samples each at {shape}, seed {args.seed}"
-        print(f"model     {args.model}, {args.dtype} on {args.device}")
-        print(f"data      {args.data}: {len(problems)} problems{reasons}")
-        print(f"sampling  {how}, at most {args.max_new_tokens} tokens", flush=True)
+        say(f"model     {args.model}, {args.dtype} on {args.device}" + f", {world()} ranks" * (world() > 1))
+        say(f"data      {args.data}: {len(problems)} problems{reasons}")
+        say(f"sampling  {how}, at most {args.max_new_tokens} tokens")
         started = time.monotonic()
         # disable=None: a bar on a terminal, nothing in a log file
-        with Verifier() as verifier, tqdm(unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
-            evaluation = evaluate(
-                model, tokenizer, problems, verifier, k=args.k, max_new_tokens=args.max_new_tokens,
+        quiet = None if rank() == 0 else True
+        with Verifier() as verifier, tqdm(unit=" tokens", unit_scale=True, disable=quiet, leave=False) as bar:
+            parts, order = deal_out(problems, lambda share: evaluate(
+                model, tokenizer, share, verifier, k=args.k, max_new_tokens=args.max_new_tokens,
                 temperature=0.0 if args.greedy else args.temperature, top_p=args.top_p, top_k=args.top_k,
                 stop_ids=stop_ids, seed=args.seed, system=args.system, instruction=args.instruction,
                 max_rows=args.rollout_batch, on_tokens=bar.update,
-            )  # fmt: skip
-        if args.out:
-            write_samples(args.out, problems, evaluation)
-        print_summary(evaluation, time.monotonic() - started, args.seed)
-        if args.authors_metrics:
-            print_authors_metrics(evaluation)
+            ))  # fmt: skip
+        if rank() == 0:
+            evaluation = merge(parts, order)
+            if args.out:
+                write_samples(args.out, problems, evaluation)
+            print_summary(evaluation, time.monotonic() - started, args.seed)
+            if args.authors_metrics:
+                print_authors_metrics(evaluation)
+        if world() > 1:
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         _refuse(error)
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 QKV_BIAS = {"qwen2": True, "qwen3": False, "llama": False}  # the model types, and whether q, k and v have biases
 # Fields of config.json that change what a model computes, with the only value implemented here (null always passes).
@@ -32,6 +34,7 @@ ONLY |= {"attention_dropout": 0, "hidden_dropout": 0, "is_causal": True, "use_bi
 ONLY |= dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "quantization_config"))
 ONLY |= dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"))
 LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SHARD_BYTES = 4 * 2**30  # of one safetensors file at most
 WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
 
 
@@ -106,6 +109,19 @@ def model_directory(path_or_id):
     return Path(snapshot_download(str(path_or_id), ignore_patterns=[*unread, "original/*", "onnx/*"]))
 
 
+def read_weights(source):
+    """The tensors of a directory's safetensors files by name: pages of the files, which take no memory until read."""
+    index = source / "model.safetensors.index.json"
+    files, weights = {"model.safetensors"}, {}
+    if index.is_file() and not (source / "model.safetensors").is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    for file in sorted(files):
+        if not (source / file).is_file():
+            raise ValueError(f"{source}: no file {file} (weights are read from safetensors only)")
+        weights |= load_file(source / file)
+    return weights
+
+
 def rope_frequencies(config, device):
     """(E/2,) float32 angles per position: θ^(−2i/E), slowed where Llama 3 stretches its context."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
@@ -171,10 +187,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; plain tensors in and out, so that sharding and checkpointing can wrap it from outside."""
+    """One pre-norm layer; plain tensors in and out, so that sharding can wrap it from outside."""
 
     def __init__(self, config):
         super().__init__()
+        self.recompute = False  # whether backward makes the layer's activations again instead of keeping them
         # RMSNorm: x / sqrt(mean(x²) + ε) · weight, in float32 at least whatever the dtype of x (bf16 would lose it)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
@@ -182,6 +199,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None, layer=None):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, cos, sin, use_reentrant=False)
+        return self.compute(x, cos, sin, cache, layer)
+
+    def compute(self, x, cos, sin, cache=None, layer=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -317,14 +339,7 @@ class Transformer(nn.Module):
         """The model of a directory or Hub id (config.json and safetensors); every weight must match, both ways."""
         source = model_directory(path_or_id)
         config = Config.parse(json.loads((source / "config.json").read_text()))
-        index = source / "model.safetensors.index.json"
-        files, weights = {"model.safetensors"}, {}
-        if index.is_file() and not (source / "model.safetensors").is_file():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        for file in sorted(files):
-            if not (source / file).is_file():
-                raise ValueError(f"{source}: no file {file} (weights are read from safetensors only)")
-            weights |= load_file(source / file)
+        weights = read_weights(source)
         # Some exporters write a shared matrix twice. A head of its own beside "tied" would be lost silently.
         if config.tie_word_embeddings and "lm_head.weight" in weights:
             head, embedding = weights.pop("lm_head.weight"), weights.get("model.embed_tokens.weight")
@@ -343,10 +358,11 @@ class Transformer(nn.Module):
         model.load_state_dict({k: tensor.to(device, dtype, copy=True) for k, tensor in weights.items()}, assign=True)
         return model
 
-    def save_pretrained(self, path, dtype=None, state_dict=None):
+    def save_pretrained(self, path, dtype=None, weights=None):
         """Writes a directory that transformers loads: the source's other files, config.json in its form, the weights.
 
-        dtype: the source's unless given. state_dict: full tensors gathered elsewhere (sharded training)."""
+        dtype: the source's unless given. weights: the (name, whole tensor) pairs of state_dict(), in its order, when
+        they are gathered elsewhere (sharded training); they are taken one by one and held until a file is full."""
         path, dtype = Path(path).resolve(), dtype or self.source_dtype
         source = self.source and Path(self.source).resolve()
         if path == source:
@@ -361,9 +377,22 @@ class Transformer(nn.Module):
         names = {"dtype", "torch_dtype"} & self.config.raw.keys()  # transformers 5 and 4
         raw = self.config.raw | dict.fromkeys(names, str(dtype).removeprefix("torch."))
         (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        state = (state_dict or self.state_dict()).items()
-        weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state}
-        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        shards, size = [[]], 0  # which names go into which file
+        for name, tensor in self.state_dict().items():
+            size += tensor.numel() * dtype.itemsize
+            if shards[-1] and size > SHARD_BYTES:
+                shards, size = [*shards, []], tensor.numel() * dtype.itemsize
+            shards[-1].append(name)
+        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        weights, files = iter(weights or self.state_dict().items()), files if len(shards) > 1 else ["model.safetensors"]
+        for file, names in zip(files, shards):
+            part = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in islice(weights, len(names))}
+            save_file(part, path / file, metadata={"format": "pt"})
+        if len(files) > 1:
+            total = sum(tensor.numel() for tensor in self.state_dict().values()) * dtype.itemsize
+            places = {name: file for file, names in zip(files, shards) for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 class _TokenLogprobs(torch.autograd.Function):

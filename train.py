@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -30,9 +31,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,15 +42,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 import copo
 import eval as evaluation
-from eval import INSTRUCTION
-from model import Transformer
+from eval import INSTRUCTION, deal_out, gather, join_ranks, rank, say, together, world
+from model import Config, Transformer, model_directory, read_weights
 from reward import Verifier, load_problems
-from sampler import encode_prompt, sample, stop_token_ids
+from sampler import encode_prompt, sample
 
 HERE = Path(__file__).resolve().parent
 # Sizes of a run. The demonstration (no --model) fits two cores and a few minutes; with --model they are the authors'.
@@ -67,7 +69,8 @@ AUTHORS = {
 }  # fmt: skip
 # What may differ between a run and its continuation without a word: where, how long, how often, how fast.
 NOT_THE_RUN = {"steps", "run_dir", "resume", "eval_every", "save_every", "keep", "export_every", "samples_every",
-               "device", "micro_tokens", "rollout_batch", "verifier_workers"}  # fmt: skip
+               "device", "micro_tokens", "rollout_batch", "verifier_workers", "timeout", "activation_checkpointing",
+               "cpu_offload", "free_sampler", "plan"}  # fmt: skip
 # What its checkpoints were made with, and may not differ at all.
 FIXED = ("model", "dtype", "sft_steps", "sft_batch", "sft_lr")
 RUN_FILES = ("metrics.jsonl", "groups.jsonl", "eval.jsonl", "samples.txt")
@@ -172,6 +175,14 @@ def flags():
     add("--export-every", type=whole, default=0, help="steps between Hugging Face exports (0 = only at the end)")
     add("--export-dtype", choices=DTYPES, help="of exported weights (default: the source's)")
     add("--samples-every", type=whole, default=10, help="steps between entries in samples.txt (0 = disabled)")
+    add = parser.add_argument_group("ranks and memory").add_argument
+    add("--timeout", type=positive, default=600.0, help="how long a rank waits for another before it gives up, in "
+                                                         "seconds; rollouts may differ by as much")  # fmt: skip
+    add("--activation-checkpointing", action=yes_no, default=False, help="keep one activation a layer for the backward "
+                                                                          "pass, and make the rest again")  # fmt: skip
+    add("--cpu-offload", action=yes_no, default=False, help="masters, gradients and optimiser in the host's memory")
+    add("--free-sampler", action=yes_no, default=False, help="give the sampling copy's memory back for the updates")
+    add("--plan", type=count, metavar="RANKS", help="print the memory that each of so many ranks needs, and exit")
     return parser
 
 
@@ -186,6 +197,8 @@ def parse_args(argv):
     # Started from None everywhere, what is set afterwards is what was typed.
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     typed = {name: value for name, value in typed.items() if value is not None}
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        resume_if_begun(typed)
     known = resumed_flags(typed) if "resume" in typed else {}
     args = defaults | (AUTHORS if {**known, **typed}.get("model") else DEMO) | copo.PRESETS[defaults["algo"]]
     args |= known | (copo.PRESETS[typed["algo"]] if "algo" in typed else {}) | typed
@@ -194,10 +207,27 @@ def parse_args(argv):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     check_flags(args, typed)
     if not args.resume:
-        args.run_dir = args.run_dir or f"runs/{args.algo}-{datetime.now():%Y%m%d-%H%M%S}"
-        used = Path(args.run_dir).exists() and (not Path(args.run_dir).is_dir() or any(Path(args.run_dir).iterdir()))
-        need(not used, f"--run-dir {args.run_dir} is in use: choose another, or --resume latest to go on with it")
+        args.run_dir = args.run_dir or f"runs/{args.algo}-{datetime.now():%Y%m%d-%H%M%S}" + launched_by()
+        directory = Path(args.run_dir)
+        # What a run leaves that is killed before it can write run.json does not count.
+        inside = {path.name for path in directory.iterdir()} - {"init", "run.tmp"} if directory.is_dir() else ()
+        need(not inside and (directory.is_dir() or not directory.exists()),
+             f"--run-dir {args.run_dir} is in use: choose another, or --resume latest to go on with it")
     return args
+
+
+def launched_by():
+    """What torchrun's workers add to the name of a run, so that they find it again when torchrun restarts them."""
+    return f"-p{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
+def resume_if_begun(typed):
+    """After a restart by torchrun: the run that the killed workers had begun, if they came so far, is to go on."""
+    found = sorted(Path("runs").glob(f"*{launched_by()}"))
+    typed.setdefault("run_dir", str(found[-1]) if found else None)
+    typed.pop("resume", None)
+    if typed["run_dir"] and (Path(typed["run_dir"]) / "run.json").is_file():
+        typed["resume"] = "latest"
 
 
 def resumed_flags(typed):
@@ -225,7 +255,7 @@ def check_flags(args, typed):
     """Flags against each other; `typed` are those of the command line."""
     need(args.clip_low <= 1, f"--clip-low is {args.clip_low}; it must be at most 1")
     need(args.dual_clip == 0 or args.dual_clip > 1, f"--dual-clip is {args.dual_clip}; it must be above 1, or 0")
-    need(args.data, "--model needs --data, a JSONL file of problems")
+    need(args.data or args.plan, "--model needs --data, a JSONL file of problems")
     need(args.prompts_per_step % args.minibatch_prompts == 0,
          f"--minibatch-prompts {args.minibatch_prompts} does not divide --prompts-per-step {args.prompts_per_step}")
     need(args.overlong_buffer < 1 or args.overlong_buffer <= args.max_new_tokens,
@@ -240,6 +270,7 @@ def check_flags(args, typed):
         "--overlong-factor is 0": (args.overlong_factor == 0, "overlong_buffer"),
         "--dynamic-sampling is off": (not args.dynamic_sampling, "max_rounds"),
         "--sft-steps is 0": (args.sft_steps == 0, "sft_lr sft_batch"),
+        "one process in full precision samples with the weights it trains": (not sharded(args), "free_sampler"),
         "there is no --eval-data": (
             not args.eval_data, "eval_every eval_samples eval_problems eval_temperature eval_seed"
         ),
@@ -250,13 +281,82 @@ def check_flags(args, typed):
     need(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device here")
 
 
+# --------------------------------------------------------------------------------------------------------------- Memory
+
+def sharded(args, ranks=None):
+    """Whether masters are kept apart from the weights that sample, by FSDP (which also casts, on a single rank)."""
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
+    return ranks > 1 or args.dtype == "bfloat16" or args.cpu_offload
+
+
+def memory_plan(config, args, ranks):
+    """GiB that one of `ranks` ranks needs for each purpose, at limits of lengths: {name: GiB}, "total" at the fullest.
+
+    Letters as in model.py. Weights count exactly; activations are those that autograd keeps for one micro-batch."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    root = parameters - config.num_hidden_layers * block
+    apart, wide, narrow = sharded(args, ranks), 8 if args.dtype == "float64" else 4, DTYPES[args.dtype].itemsize
+    size, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv_heads, longest = config.num_key_value_heads * config.head_dim, args.max_prompt_tokens + args.max_new_tokens
+    rows = -(-args.prompts_per_step // ranks) * args.group_size
+    rows = min(rows, args.rollout_batch or rows)
+    # Numbers a token leaves in a layer: inputs of two norms, of q/k/v and of gate/up; q, k, v, what attention gives,
+    # twice (apart and as o_proj's input); gate, silu(gate), up and their product.
+    inside = 4 * size + 3 * heads + 2 * kv_heads + 4 * config.intermediate_size
+    layers = config.num_hidden_layers
+    kept = layers * size + inside if args.activation_checkpointing else layers * inside
+    held = {
+        "masters": wide * parameters / ranks, "optimiser": 2 * wide * parameters / ranks,
+        "gradients": wide * parameters / ranks, "sampler": narrow * parameters * apart,
+        "reference": narrow * parameters / ranks * (args.kl_coef > 0),
+        "kv cache": rows * longest * layers * 2 * kv_heads * narrow,
+        # A block in use and the next on its way, the embeddings (and head) throughout; and the gradients of as much.
+        "gathered": apart * ((2 * block + root) * narrow + (block + root) * (narrow + wide)),
+        "activations": max(args.micro_tokens, longest) * kept * narrow,
+        "logits": 3 * 4 * 2**24 + wide * config.vocab_size * size,  # a few chunks of them, and the head's gradient
+    }  # fmt: skip
+    if args.cpu_offload:
+        held |= dict.fromkeys(("masters", "optimiser", "gradients"), 0)
+    plan = {name: value / 2**30 for name, value in held.items()}
+    update = sum(plan[name] for name in ("gradients", "gathered", "activations", "logits"))
+    update += 0 if args.free_sampler else plan["sampler"]
+    always = sum(plan[name] for name in ("masters", "optimiser", "reference"))
+    return plan | {"total": always + max(update, plan["sampler"] + plan["kv cache"])}
+
+
+def print_plan(args):
+    """--plan: the row of the README's table for these flags."""
+    source = args.model or "the demonstration's model"
+    raw = json.loads((model_directory(args.model) / "config.json").read_text()) if args.model else TINY
+    plan = memory_plan(Config.parse(raw), args, args.plan)
+    print(f"GiB on each of {args.plan} ranks, {args.dtype}, {source}; at the fullest, not all at the same time")
+    print("  ".join(f"{name:>{max(len(name), 7)}}" for name in plan))
+    print("  ".join(f"{value:>{max(len(name), 7)}.2f}" for name, value in plan.items()))
+
+
+def check_memory(config, args):
+    """Refuses a run that cannot fit, before it has run for an hour."""
+    total = memory_plan(config, args, world())["total"]
+    if args.device == "cuda":
+        there = torch.cuda.mem_get_info()[1] / 2**30
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        there /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need(total <= there, f"a rank would need {total:.1f} GiB at its fullest, and has {there:.1f}: use more ranks, "
+         "--activation-checkpointing, --free-sampler, or a smaller --micro-tokens or --rollout-batch; --plan "
+         f"{world()} shows what for")  # fmt: skip
+
+
 # ------------------------------------------- The demonstration's model: a real Hugging Face directory, made on the spot
 
 TINY = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 128,
     "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
-    "initializer_range": 0.05, "torch_dtype": "float32", "eos_token_id": 0, "pad_token_id": 0,
+    "initializer_range": 0.05, "torch_dtype": "float32", "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 261,
 }  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
@@ -280,7 +380,7 @@ def make_tiny_model(path, seed):
         additional_special_tokens=special[1:], chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
     tokenizer.save_pretrained(path)
-    Transformer.from_config(TINY | {"vocab_size": len(tokenizer)}, seed=seed).save_pretrained(path)
+    Transformer.from_config(TINY, seed=seed).save_pretrained(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Data
@@ -327,65 +427,18 @@ def draw_prompts(seed, cursor, count, size):
 # -------------------------------------------------------- Ranks: one process for each GPU under torchrun, else just one
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join_ranks(args):
-    """Meets the other processes that torchrun started, if it did; device and default directory are then settled."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # Ranks may finish a rollout far apart, and nothing is exchanged before the last one has.
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=1))
-    args.run_dir = gather(args.run_dir)[0]
-
-
-def gather(value):
-    """Every rank's value, in the order of ranks, on every rank."""
-    values = [value] * world()
-    if world() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def together(work):
-    """work() on every rank; if it cannot be done on one of them, a ValueError with its line on all."""
-    result = error = None
-    try:
-        result = work()
-    except (ValueError, OSError) as problem:
-        error = str(problem)
-    errors = [line for line in gather(error) if line]
-    if errors:
-        raise ValueError(errors[0])
-    return result
-
-
 def in_turn(run, items, work):
-    """Deals items to the ranks in turn: (what work(share) gave on each rank, the order that puts items back in place).
+    """evaluation.deal_out, out of which a signal on any rank leads on all, once they have met."""
 
-    Ranks meet once all have finished; a signal or a ValueError on one of them then ends it on all."""
-    shares = [range(r, len(items), world()) for r in range(world())]
-
-    def mine():
+    def until_stopped(share):
         try:
-            return work([items[i] for i in shares[rank()]])
+            return work(share)
         except Interrupted:
             return None
 
-    parts = gather(together(mine))
+    found = deal_out(items, until_stopped)
     run.stop.check()
-    return parts, np.argsort([i for share in shares for i in share]).tolist()
-
-
-def say(text):
-    if rank() == 0:
-        print(text, flush=True)
+    return found
 
 
 # ----------------------------------------------------------------------- Where a run stands, and what a step is made of
@@ -688,7 +741,11 @@ def score_rows(model, batch, rows, args):
         for part, ids, prompt_lengths, lengths in packed_parts(pairs_of(batch, rows.tolist()), args):
             logprobs, _ = model.score(ids, prompt_lengths, lengths, args.temperature)
             result[rows[part], : logprobs.shape[1]] = logprobs.to("cpu", result.dtype)
-    return sum(gather(result))  # each row was scored by one rank
+    if world() > 1:
+        dist.all_reduce(result)  # each row was scored by one rank
+    if hasattr(model, "reshard"):
+        model.reshard()  # FSDP keeps the embeddings whole for a backward pass that does not come
+    return result
 
 
 def train_on(run, batch, signals):
@@ -775,10 +832,7 @@ def finish_update(run, loss, rate, totals):
     if not made:
         say(f"WARNING update {state.updates}: loss {float(loss):g}, gradient norm {float(norm):g}; skipped")
     if state.bad_updates >= args.max_bad_updates:
-        raise SystemExit(
-            f"train.py: {state.bad_updates} updates in a row were not finite; lower --lr or look at samples.txt, then "
-            f"go on from the last good checkpoint: --run-dir {args.run_dir} --resume latest"
-        )
+        raise ValueError(f"{state.bad_updates} updates in a row were not finite: lower --lr, or look at samples.txt")
     return made
 
 
@@ -865,7 +919,7 @@ def speed_metrics(clock, tokens_sampled, tokens_trained):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if clock.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    return metrics | {"peak_memory_gib": peak / 2**30}
+    return metrics | {"peak_memory_gib": max(gather(peak)) / 2**30}
 
 
 def group_lines(run, batch, signals):
@@ -973,7 +1027,7 @@ def save_checkpoint(run):
         return target
     files = [run.directory / name for name in RUN_FILES]
     run.state.files = {path.name: path.stat().st_size for path in files if path.exists()}
-    with whole_directory(target) as temporary:
+    with whole_directory(target) as temporary, plain_errors(f"cannot write the checkpoint {target}"):
         weights, optimizer = get_state_dict(run.model, run.optimizer)
         dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=temporary, no_dist=world() == 1)
         if rank() == 0:
@@ -993,10 +1047,11 @@ def go_back(run):
     found = list_checkpoints(run.directory) if run.args.resume == "latest" else [Path(run.args.resume).resolve()]
     found = gather(found)[0]
     if found:
-        weights, optimizer = get_state_dict(run.model, run.optimizer)
-        dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=found[-1], no_dist=world() == 1)
-        set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
-        run.state = State(**json.loads((found[-1] / "state.json").read_text()))
+        with plain_errors(f"cannot read the checkpoint {found[-1]}, go on from another one with --resume DIR"):
+            weights, optimizer = get_state_dict(run.model, run.optimizer)
+            dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=found[-1], no_dist=world() == 1)
+            set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
+            run.state = State(**json.loads((found[-1] / "state.json").read_text()))
     gather(None)  # all have read before anything is removed
     if rank() != 0:
         return
@@ -1018,13 +1073,27 @@ def whole_directory(target):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     gather(None)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:  # such as a full disk, which has better uses for the space
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     gather(None)
     if rank() == 0:
         if target.exists():
             discard(target)
         os.replace(temporary, target)
     gather(None)
+
+
+@contextlib.contextmanager
+def plain_errors(what):
+    """Whatever torch makes of a full disk or a damaged file becomes an OSError of one line."""
+    try:
+        yield
+    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        raise OSError(f"{what}: {causes[0]}") from error
 
 
 def discard(directory):
@@ -1036,15 +1105,12 @@ def discard(directory):
 
 
 def export(run, name, dtype):
-    """Writes the weights as a Hugging Face directory of the run."""
+    """Writes the weights as a Hugging Face directory of the run, tensor by tensor, none of them held for long."""
     with whole_directory(run.directory / name) as temporary:
-        weights = {}
-        for key, tensor in run.model.state_dict().items():
-            whole = full(tensor)  # every rank takes part, rank 0 keeps it
-            if rank() == 0:
-                weights[key] = whole.cpu()
+        weights = ((key, full(tensor)) for key, tensor in run.model.state_dict().items())
         if rank() == 0:
-            run.model.save_pretrained(temporary, dtype=DTYPES.get(dtype), state_dict=weights)
+            run.model.save_pretrained(temporary, DTYPES.get(dtype), weights)
+        deque(weights, maxlen=0)  # every rank takes part in making each tensor whole; rank 0 has taken them all
 
 
 # -------------------------------------------- Weights in two forms: masters that are trained, and the copy that samples
@@ -1054,28 +1120,41 @@ def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def shard(model, dtype):
-    """FSDP2 over all ranks, block by block: compute in `dtype`, masters and gradient reduction in the weights' own."""
+def shard(model, args):
+    """FSDP2 over all ranks, block by block, of a model without weights, which are then read from its source's files.
+
+    Computes in --dtype; masters and gradient reduction are float32, or float64."""
+    from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import distribute_tensor
 
     if not dist.is_initialized():
-        backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # Named, since FSDP would otherwise take the best device that this PyTorch was built for.
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=next(model.parameters()).dtype)
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "score")
+    mesh = init_device_mesh(args.device, (world(),))
+    cast = fsdp.MixedPrecisionPolicy(DTYPES[args.dtype], reduce_dtype=next(model.parameters()).dtype)
+    pin = args.device == "cuda"
+    offload = fsdp.CPUOffloadPolicy(pin_memory=pin) if args.cpu_offload else fsdp.OffloadPolicy()
+    for part in [*model.model.layers, model]:
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=cast, offload_policy=offload)
+    fsdp.register_fsdp_forward_method(model, "score")
+    model.to_empty(device="cpu" if args.cpu_offload else args.device)
+    weights = read_weights(Path(model.source))  # pages of files, of which one parameter at a time is taken in
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = weights[name].to(parameter.dtype)
+            parameter.copy_(distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None))
 
 
-def second_copy(run, path):
-    """A frozen copy of the model in the compute type, with the weights of a directory."""
-    copy = Transformer.from_pretrained(path, dtype=DTYPES[run.args.dtype], device=run.args.device)
+def second_copy(run, path, kept_apart=False):
+    """A frozen copy in the compute type, with the weights of a directory: whole, or one shard of it on each rank."""
+    device = "meta" if kept_apart else run.args.device
+    copy = Transformer.from_pretrained(path, DTYPES[run.args.dtype], device).requires_grad_(False)
     copy.num_tokens = run.model.num_tokens
-    return copy.requires_grad_(False)
+    if kept_apart:
+        shard(copy, run.args)
+    return copy
 
 
 def sync_weights(run):
@@ -1083,7 +1162,16 @@ def sync_weights(run):
     if run.sampler is not run.model:
         with torch.no_grad(), run.clock("sync"):
             for target, source in zip(run.sampler.parameters(), run.model.parameters()):
+                if target.shape != source.shape:  # its memory was given back
+                    target.data = target.new_empty(source.shape)
                 target.copy_(full(source.detach()))
+
+
+def free_sampler(run):
+    """Gives the sampling copy's memory back until the next sync_weights(), if --free-sampler asks for it."""
+    if run.args.free_sampler:
+        for parameter in run.sampler.parameters():
+            parameter.data = parameter.new_empty(0)
 
 
 def load_reference(run):
@@ -1093,7 +1181,7 @@ def load_reference(run):
         path = run.directory / "reference"
         if run.state.step == 0:
             export(run, path.name, "float64" if run.args.dtype == "float64" else "float32")
-    return second_copy(run, path)
+    return second_copy(run, path, kept_apart=world() > 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- The run
@@ -1110,12 +1198,12 @@ def evaluate(run):
     if not run.held_out or state.step in made or not due(state.step, args.eval_every, args.steps):
         return
     with run.clock("evaluate"), token_bar(run, "evaluation") as watch:
-        parts, order = in_turn(run, run.held_out, lambda share: evaluation.evaluate(
-            run.sampler, run.tokenizer, share, run.verifier, k=args.eval_samples, max_new_tokens=args.max_new_tokens,
-            temperature=args.eval_temperature, stop_ids=run.stop_ids, seed=args.eval_seed, system=args.system,
-            instruction=args.instruction, max_rows=args.rollout_batch, on_tokens=watch,
-        )[:4])  # fmt: skip
-    verdicts, classes, lengths, finished = (np.concatenate(values)[order] for values in zip(*parts))
+        verdicts, classes, lengths, finished, *_ = evaluation.merge(*in_turn(
+            run, run.held_out, lambda share: evaluation.evaluate(
+                run.sampler, run.tokenizer, share, run.verifier, k=args.eval_samples, seed=args.eval_seed,
+                max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature, stop_ids=run.stop_ids,
+                system=args.system, instruction=args.instruction, max_rows=args.rollout_batch, on_tokens=watch,
+            )))  # fmt: skip
     means, votes = evaluation.mean_at_k(verdicts), evaluation.maj_at_k(verdicts, classes)
     line = {
         "step": state.step, "k": args.eval_samples, "mean": float(means.mean()), "maj": float(votes.mean()),
@@ -1139,8 +1227,10 @@ def prepare(args):
         if made:
             make_tiny_model(source, args.seed)
         masters = "float64" if args.dtype == "float64" else "float32"
-        model, tokenizer, _ = evaluation.load_checkpoint(source, masters, args.device)
-        stop_ids = stop_token_ids(model.source, tokenizer, args.stop)
+        # Without weights where they will be sharded: start() reads each rank's part of them.
+        device = "meta" if sharded(args) else args.device
+        model, tokenizer, stop_ids = evaluation.load_checkpoint(source, masters, device, args.stop)
+        check_memory(model.config, args)
         need(tokenizer.eos_token_id is not None or not args.sft_steps,
              f"{source}: the tokenizer has no end token, which the warm start would train")  # fmt: skip
         (problems, prompts), (held_out, held_out_prompts) = load_data(args, tokenizer)
@@ -1197,9 +1287,11 @@ def record_run(run):
 def start(run):
     """Puts the weights in their places, goes back to the checkpoint if there is one, and says what will be done."""
     args = run.args
-    if world() > 1 or args.dtype == "bfloat16":
+    for block in run.model.model.layers:
+        block.recompute = args.activation_checkpointing
+    if sharded(args):
         run.sampler = second_copy(run, run.model.source)
-        shard(run.model, DTYPES[args.dtype])
+        shard(run.model, args)
     run.optimizer = make_optimizer(run.model, args)
     if args.resume:
         go_back(run)
@@ -1231,6 +1323,7 @@ def train(run):
             break
         run.stop.check()
         drawn, kept, drawing = rollout(run)
+        free_sampler(run)
         batch = drawn.select(kept or range(len(drawn.indices)))
         signals = compute_signals(batch, args)
         totals = train_on(run, batch, signals) if kept else Totals()
@@ -1258,7 +1351,10 @@ def main(argv=None):
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         args = parse_args(argv)
-        join_ranks(args)
+        if args.plan:
+            return print_plan(args)
+        join_ranks(args.device, args.timeout)
+        args = gather(args)[0]  # torchrun's workers on several machines may see different things; rank 0's count
         run = together(lambda: prepare(args))
         together(lambda: claim(run))
     except (ValueError, OSError) as error:
@@ -1267,36 +1363,37 @@ def main(argv=None):
         raise SystemExit(2) from None
     run.clock, run.stop = Clock(args.device), Stop()
     run.verifier = Verifier(args.verifier_workers, timeout=args.verifier_timeout, memory_mb=args.verifier_memory)
-    orderly = False
+    go_on = f"--run-dir {run.directory} --resume latest"
+    ending = 0  # or a message, which goes to stderr with exit code 1
     try:
         start(run)
         train(run)
-        orderly = True
     except Interrupted:
         path = save_checkpoint(run)
-        orderly = True
-        say(f"stopped by {run.stop.signal}; saved {path}. To go on: python train.py --run-dir {run.directory} --resume "
-            "latest")  # fmt: skip
-    except ValueError as error:
-        if "not finite" not in str(error):  # the sampler's word on weights that are no longer numbers
-            raise
-        raise SystemExit(
-            f"train.py: after step {run.state.step}: {error}; lower --lr and go back to a checkpoint: --resume DIR"
-        ) from None
+        say(f"stopped by {run.stop.signal}; saved {path}. To go on: python train.py {go_on}")
     except KeyboardInterrupt:
-        print(f"train.py: stopped at once; --run-dir {run.directory} --resume latest goes back to the last checkpoint",
-              file=sys.stderr)  # fmt: skip
-        raise SystemExit(130) from None
+        print(f"train.py: stopped at once; {go_on} goes back to the last checkpoint", file=sys.stderr)
+        ending = 130
+    except Exception as error:
+        if isinstance(error, OSError) or "not finite" in str(error):
+            text = " ".join(str(error).split())
+            ending = f"after step {run.state.step}: {text}; {go_on} goes back to the last checkpoint"
+        elif world() == 1:
+            raise
+        else:
+            ending = f"rank {rank()}: {traceback.format_exc()}"
+        ending = f"train.py: {ending}"
     finally:
         run.verifier.close()
         run.stop.restore()
-        if world() > 1 and not orderly:
-            # Leaving in order would wait for peers that wait for this rank; torchrun ends them once it is gone.
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if ending and world() > 1:
+        # Leaving in order would wait for peers that wait for this rank; torchrun ends them once it is gone.
+        print(ending, file=sys.stderr, flush=True)
+        os._exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if ending:
+        raise SystemExit(ending)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def test_saving_and_loading_after_a_change_keeps_the_change(tmp_path):
     with torch.no_grad():
         model.model.norm.weight += 1
     gathered = {name: tensor * 2 for name, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "b", state_dict=gathered)
+    model.save_pretrained(tmp_path / "b", weights=gathered.items())
     assert (source / "model.safetensors").read_bytes() == before
     again = Transformer.from_pretrained(tmp_path / "b")
     assert all(torch.equal(v, gathered[k]) for k, v in again.state_dict().items())

@@ -120,6 +120,11 @@ SAME_NUMBERS = {
     "rollout_batch": (3, "rows in flight"),
     "verifier_workers": (2, "workers of the pool"),
     "device": ("auto", "device of the weights"),
+    "activation_checkpointing": (True, "runs of a layer"),
+    "cpu_offload": (True, "place of the masters"),
+    "free_sampler": (True, "size of the copy during updates"),
+    "timeout": (5.0, "time-out of the process group"),
+    "plan": (8, "what is printed instead of a run"),
 }
 
 
@@ -188,6 +193,90 @@ def test_verifier_flags_reach_the_pool_and_change_no_number(runs, monkeypatch):
     assert tiny_runs.same_weights(other, runs.shared())
 
 
+def test_activation_checkpointing_runs_each_layer_again_and_changes_no_number(runs, monkeypatch):
+    calls, inner = [], train.Transformer.score
+
+    def score(network, *rest, **more):
+        before = len(calls)
+        result = inner(network, *rest, **more)
+        recomputing.append(len(calls) - before if torch.is_grad_enabled() else 0)
+        return result
+
+    block = type(train.Transformer.from_pretrained(runs.base["model"]).model.layers[0])
+    compute, recomputing = block.compute, []
+    monkeypatch.setattr(block, "compute", lambda self, *rest: (calls.append(1), compute(self, *rest))[1])
+    monkeypatch.setattr(train.Transformer, "score", score)
+    base = runs.new()
+    once = len(calls)
+    calls.clear()
+    other = runs.new(activation_checkpointing=True)
+    in_updates = sum(recomputing) // 2  # of either run
+    assert in_updates > 0 and len(calls) == once + in_updates
+    assert tiny_runs.difference(other, base) is None
+
+
+def test_offloaded_masters_change_no_number(runs, monkeypatch):
+    places, inner = [], train.sync_weights
+
+    def sync(run):
+        places.extend(type(p).__name__ for p in run.model.parameters())
+        inner(run)
+
+    monkeypatch.setattr(train, "sync_weights", sync)
+    other = runs.new(cpu_offload=True)
+    assert set(places) == {"DTensor"}
+    for ours, theirs in zip(tiny_runs.metrics(other), tiny_runs.metrics(runs.shared()), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+
+
+def test_a_freed_sampler_comes_back_for_every_rollout(runs, monkeypatch):
+    sizes, inner = [], train.train_on
+
+    def watched(run, *rest):
+        sizes.append(sum(p.numel() for p in run.sampler.parameters()))
+        return inner(run, *rest)
+
+    monkeypatch.setattr(train, "train_on", watched)
+    base, other = runs.new(dtype="bfloat16"), runs.new(dtype="bfloat16", free_sampler=True)
+    assert sizes[0] > 0 and sizes[2:] == [0, 0]
+    assert tiny_runs.difference(other, base) is None
+
+
+def test_timeout_is_that_of_the_process_group(runs, monkeypatch):
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.dist, "rendezvous", lambda *_, timeout: iter([(None, 0, 2)]))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, timeout, **__: seen.append(timeout.total_seconds()))
+    train.join_ranks("cpu", train.parse_args(runs.argv(timeout=5.0, run_dir=runs.directory())).timeout)
+    assert seen == [5.0]
+
+
+# Qwen2.5-7B's config.json: 7.62 billion parameters.
+QWEN_7B = {
+    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_plan_counts_by_hand(tmp_path, capsys):
+    """7,615,616,512 parameters on 8 ranks: 28.37 GiB of float32, of which each holds an eighth."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    train.main(["--model", str(tmp_path), "--plan", "8", "--dtype", "bfloat16"])
+    head, names, values = capsys.readouterr().out.splitlines()
+    assert "each of 8 ranks" in head
+    names = names.replace("kv cache", "kv_cache").split()
+    plan = dict(zip(names, map(float, values.split()), strict=True))
+    assert (plan["masters"], plan["gradients"], plan["optimiser"]) == (3.55, 3.55, 7.09)
+    assert plan["sampler"] == 14.19  # two bytes each, whole on every rank
+    # 256 rows of 3,072 tokens; 28 layers of 4 key and 4 value heads of 128 numbers of two bytes
+    assert plan["kv_cache"] == round(256 * 3072 * 28 * 8 * 128 * 2 / 2**30, 2)
+    assert plan["total"] > 3.55 + 7.09 + 14.19
+    alone = train.memory_plan(train.Config.parse(QWEN_7B), train.parse_args(
+        ["--model", str(tmp_path), "--plan", "1", "--dtype", "bfloat16", "--cpu-offload", "--free-sampler"]), 1)
+    assert alone["masters"] == alone["optimiser"] == 0
+
+
 def test_device_auto_is_named(runs):
     flags = json.loads((runs.new(device="auto", dtype="float32") / "run.json").read_text())["flags"]
     assert flags["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -204,6 +293,8 @@ def test_presets_and_sizes_lie_below_what_is_typed(runs):
 
 
 REFUSALS = {
+    "more memory than there is": ({"micro_tokens": 10**12}, "GiB at its fullest"),
+    "nothing to free": ({"free_sampler": True}, "--free-sampler has no effect"),
     "an unknown flag": ({"run_dir": "RUN", "colour": 3}, "--colour"),
     "an unknown blend": ({"blend": "softest"}, "softest"),
     "an unknown preset": ({"algo": "ppo"}, "ppo"),

@@ -6,14 +6,20 @@ them waiting; checkpoints that only the same number of ranks can read; files wri
 """
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import kill_ranks
 import numpy as np
 import pytest
+import rank_jobs
 import tiny_runs
 import torch
 
+import eval as evaluation
 import train
 
 
@@ -22,13 +28,25 @@ def runs(tmp_path_factory):
     return tiny_runs.Runs(tmp_path_factory.mktemp("ranks"))
 
 
-def torchrun(ranks, argv):
+def launch(ranks, argv, script=train.__file__, options=()):
+    """torchrun, started; the launcher is this interpreter's."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
+    return subprocess.Popen(
+        [*launcher, script, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def torchrun(ranks, argv, script=train.__file__, code=0, options=()):
     """A run on several processes; what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), train.__file__, *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    process = launch(ranks, argv, script, options)
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == code, errors[-3000:]
+    return output + errors
+
+
+def job(ranks, name, file, argv, **more):
+    return torchrun(ranks, [name, file, *argv], rank_jobs.__file__, **more)
 
 
 def assert_same(ours, theirs):
@@ -45,8 +63,10 @@ def weights_agree(one, other):
     return all((one[name] - other[name]).abs().max() <= 1e-9 * one[name].abs().max() for name in one)
 
 
-# Ten prompts in two updates of five groups of four; some three rows in a micro-batch.
-FLAGS = {"steps": 3, "prompts_per_step": 10, "minibatch_prompts": 5, "micro_tokens": 40, "export_dtype": "float64"}
+# Ten prompts in two updates of five groups of four; some three rows in a micro-batch. Of two, three or four ranks,
+# some divide neither the prompts, nor four held-out problems, nor the twenty rows of an update.
+FLAGS = {"steps": 10, "prompts_per_step": 10, "minibatch_prompts": 5, "micro_tokens": 40, "export_dtype": "float64",
+         "eval_every": 4, "save_every": 2}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,32 +74,97 @@ def alone(runs):
     return runs.shared(**FLAGS)
 
 
-def test_three_ranks_give_the_run_of_one(runs, alone):
-    """Three do not divide ten prompts, four held-out problems or twenty rows of an update."""
+def assert_same_run(one, other):
+    assert_same(tiny_runs.metrics(one), tiny_runs.metrics(other))
+    assert_same(tiny_runs.evaluations(one), tiny_runs.evaluations(other))
+    groups = [tiny_runs.lines(directory / "groups.jsonl") for directory in (one, other)]
+    for ours, theirs in zip(*groups, strict=True):
+        assert all(ours[name] == theirs[name] for name in ("step", "row", "answers", "reward", "length", "class"))
+    assert weights_agree(one, other)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_several_ranks_give_the_run_of_one(runs, alone, ranks):
+    """Ten steps in float64: the same responses and rewards, metrics and weights to 1e-9."""
     directory = runs.directory()
-    output = torchrun(3, runs.argv(FLAGS, run_dir=directory))
+    output = torchrun(ranks, runs.argv(FLAGS, run_dir=directory))
     assert output.count("held-out mean@2") == 1  # one rank speaks
-    assert_same(tiny_runs.metrics(alone), tiny_runs.metrics(directory))
-    assert_same(tiny_runs.evaluations(alone), tiny_runs.evaluations(directory))
-    assert (alone / "groups.jsonl").read_text() == (directory / "groups.jsonl").read_text()
-    assert weights_agree(alone, directory)
+    assert_same_run(alone, directory)
     assert any(line["mixed"] > 0 for line in tiny_runs.metrics(alone))  # there was something to learn
+
+
+def test_a_run_goes_from_one_rank_to_two_to_four_and_back(runs, alone):
+    directory = runs.directory()
+    train.main(runs.argv(FLAGS, run_dir=directory, steps=2))
+    on = ["--run-dir", directory, "--resume", "latest", "--steps"]
+    torchrun(2, [*on, 4])
+    torchrun(4, [*on, 8])
+    train.main([*map(str, on), "10"])
+    # Each part also evaluated where it ended; those steps are left out, as are two checkpoints' worth of tokens.
+    ours, theirs = tiny_runs.metrics(alone), tiny_runs.metrics(directory)
+    assert_same(ours, theirs)
+    assert weights_agree(alone, directory)
+
+
+def test_gradients_do_not_depend_on_ranks_or_budgets(runs):
+    """Every blend, ratios that are not 1, ragged rows: gradients and metrics to 1e-9 of each tensor's largest."""
+    flags = {**FLAGS, "max_grad_norm": 0.0}
+    files = {ranks: runs.folder / f"updates{ranks}.pt" for ranks in (1, 2, 4)}
+    for ranks, file in files.items():
+        job(ranks, "updates", file, runs.argv(flags, run_dir=runs.directory()))
+    found = {ranks: torch.load(file) for ranks, file in files.items()}
+    one = found[1]
+    assert len({*one.pop("lengths").flatten().tolist()}) > 2
+    assert len(one) == len(train.copo.BLENDS) + 2
+    budgets = [one[f"soft-zero, {budget} tokens"] for budget in rank_jobs.BUDGETS]
+    pairs = [(one[name], found[ranks][name]) for name in one for ranks in (2, 4)]
+    for ours, theirs in [*pairs, (budgets[0], budgets[1]), (budgets[0], budgets[2])]:
+        assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-9, abs=1e-12)
+        for before, after in zip(ours["gradients"], theirs["gradients"], strict=True):
+            for name, gradient in before.items():
+                assert (gradient - after[name]).abs().max() <= 1e-9 * gradient.abs().max(), name
+    assert any(ours["metrics"]["clip_fraction_global"] > 0 for ours, _ in pairs)
+    distinct = {tuple(one[name]["gradients"][0]["model.norm.weight"].tolist()) for name in one}
+    assert len(distinct) > 5  # the blends are not all the same here
+
+
+def test_float32_steps_agree_from_the_same_start(runs, monkeypatch):
+    """Each of ten steps on two ranks, from one rank's checkpoint and with its responses: losses to 1e-5."""
+    batches, losses, inner = [], [], train.train_on
+
+    def watched(run, batch, signals):
+        batches.append(batch)
+        totals = inner(run, batch, signals)
+        losses.append(totals.means()["loss"])
+        return totals
+
+    flags = {**FLAGS, "dtype": "float32", "save_every": 1, "keep": 20}
+    monkeypatch.setattr(train, "train_on", watched)
+    directory, file = runs.new(**flags), runs.folder / "steps.pt"
+    checkpoints = [None, *sorted((directory / "checkpoints").glob("step-*"))[:9]]
+    torch.save((batches, checkpoints), file)
+    job(2, "steps", file, runs.argv(flags, run_dir=runs.directory()))
+    assert torch.load(file) == pytest.approx(losses, abs=1e-5) and len(losses) == 10
+    assert max(map(abs, losses)) > 1e-3
+
+
+def test_one_rank_has_nothing_but_short_responses(runs):
+    flags = {**FLAGS, "steps": 2, "eval_every": 0}
+    one, two = runs.directory(), runs.directory()
+    job(1, "uneven", "-", runs.argv(flags, run_dir=one))
+    job(2, "uneven", "-", runs.argv(flags, run_dir=two))
+    lengths = [line["length"] for line in tiny_runs.lines(two / "groups.jsonl")]
+    assert all(max(short) == 1 < max(long) for short, long in zip(lengths[::2], lengths[1::2]))
+    assert_same_run(one, two)
 
 
 def test_more_ranks_than_sequences_and_a_warm_start_with_a_reference(runs):
     """Two prompts of two responses on three ranks, one row an update less than there are ranks."""
     flags = {"steps": 2, "prompts_per_step": 2, "minibatch_prompts": 1, "group_size": 2, "sft_steps": 2, "sft_batch": 2,
-             "kl_coef": 0.1, "export_dtype": "float64"}  # fmt: skip
+             "kl_coef": 0.1, "overlong_factor": 1.0, "overlong_buffer": 6.0, "stop": ["=", "+", "?"],
+             "export_dtype": "float64"}  # fmt: skip
     alone, directory = runs.shared(**flags), runs.directory()
     torchrun(3, runs.argv(flags, run_dir=directory))
-    assert_same(tiny_runs.metrics(alone), tiny_runs.metrics(directory))
-    assert weights_agree(alone, directory)
-
-
-def test_a_run_goes_on_with_another_number_of_ranks(runs, alone):
-    directory = runs.directory()
-    torchrun(2, runs.argv(FLAGS, run_dir=directory, steps=2))
-    train.main(["--run-dir", str(directory), "--resume", "latest", "--steps", "3"])
     assert_same(tiny_runs.metrics(alone), tiny_runs.metrics(directory))
     assert weights_agree(alone, directory)
 
@@ -114,3 +199,85 @@ def test_totals_of_ranks_are_sums_and_maxima(monkeypatch):
     theirs = ({"x": torch.tensor([5.0, 2.0], dtype=torch.float64), "z": torch.tensor([1.0, 1.0])}, {"y": 4.0})
     monkeypatch.setattr(train, "gather", lambda value: [value, theirs])
     assert ours.reduced().means() == {"x": 2.0, "z": 1.0, "y": 4.0}
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+def newest(directory):
+    return sorted(path.name for path in (directory / "checkpoints").glob("step-*"))[-1]
+
+
+def wait_for(path, process):
+    """Until a checkpoint of a run is there."""
+    for _ in range(600):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has not come")
+
+
+def children(process):
+    """Process ids of a launcher's ranks."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def test_a_failing_rank_ends_the_job_with_its_reason(runs):
+    directory = runs.directory()
+    started = time.monotonic()
+    output = job(2, "broken", "-", runs.argv(FLAGS, run_dir=directory, save_every=1), code=1)
+    assert "rank 1" in output and "this rank was told to fail" in output
+    assert newest(directory) == "step-000001"
+    assert time.monotonic() - started < 60
+
+
+def test_a_rank_that_hangs_ends_the_job_in_bounded_time(runs, alone):
+    """A stopped process neither answers nor dies: its peer gives up after --timeout, torchrun then kills it."""
+    directory = runs.directory()
+    argv = runs.argv(FLAGS, run_dir=directory, timeout=4, save_every=1, steps=10_000)
+    process = launch(2, argv, options=["--shutdown-timeout", "3"])
+    wait_for(directory / "checkpoints/step-000002/state.json", process)
+    os.kill(children(process)[1], signal.SIGSTOP)
+    started = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    # torchrun gives what is left 30 seconds after the first rank's death, a constant of its own.
+    assert time.monotonic() - started < 4 + 30 + 15
+    train.main(["--run-dir", str(directory), "--resume", newest_path(directory), "--steps", "10"])
+    # Nothing of the stopped steps is left over.
+    assert [line["step"] for line in tiny_runs.metrics(directory)] == list(range(1, 11))
+
+
+def newest_path(directory):
+    return str(directory / "checkpoints" / newest(directory))
+
+
+def test_sigterm_saves_once_and_exits_in_order(runs):
+    directory = runs.directory()
+    process = launch(2, runs.argv(FLAGS, run_dir=directory, save_every=0, steps=10_000))
+    metrics = directory / "metrics.jsonl"
+    wait_for(metrics, process)
+    for pid in children(process):
+        os.kill(pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors[-3000:]
+    assert output.count("stopped by SIGTERM; saved") == 1 and "--resume latest" in output
+    assert newest(directory) == f"step-{len(tiny_runs.metrics(directory)):06d}"
+
+
+def test_killed_ranks_that_torchrun_restarts_make_the_same_run(tmp_path):
+    """Five kills; tests/kill_ranks.py --kills 50 is the long version."""
+    found, done = kill_ranks.kill_and_compare(tmp_path, kills=5, seed=1)
+    assert found is None and done.total() == 5
+
+
+def test_evaluation_on_ranks_is_that_of_one(runs, tmp_path, capsys):
+    argv = ["--model", runs.base["model"], "--data", runs.base["data"], "--k", 3, "--max-new-tokens", 6, "--dtype",
+            "float64", "--device", "cpu", "--instruction", "", "--limit", 7, "--out"]  # fmt: skip
+    evaluation.main([*map(str, argv), str(tmp_path / "one")])
+    output = torchrun(2, [*argv, tmp_path / "two"], evaluation.__file__)
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+    table = [line for line in capsys.readouterr().out.splitlines() if "@" in line]
+    assert len(table) > 3 and all(line in output for line in table)
+    refused = torchrun(2, [*argv[:3], "/no/such", *argv[4:], tmp_path / "no"], evaluation.__file__, code=1)
+    assert refused.count("eval.py: ") == 1

@@ -269,3 +269,88 @@ def test_what_a_killed_save_left_behind_is_swept_up(runs):
     (stale / ".metadata.tmp").mkdir(parents=True)
     train.main(["--run-dir", str(directory), "--resume", "latest", "--steps", "2"])
     assert not stale.exists() and (directory / "checkpoints/step-000002/state.json").is_file()
+
+
+# --------------------------------------------------------------------------------------- disks that fail, damaged files
+
+
+def limited_child(argv, limit):
+    """A run that may write no file beyond `limit` bytes, as on a full disk."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    tiny_runs.quiet_child(argv)
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(runs, start_child, capfd):
+    directory = runs.new(**FLAGS | {"steps": 3})
+    last = directory / "checkpoints/step-000003"
+    before = {path.name: path.read_bytes() for path in last.iterdir()}
+    size = max(len(content) for content in before.values())
+    capfd.readouterr()
+    process = start_child(limited_child, ["--run-dir", str(directory), "--resume", "latest", "--steps", "6"], size // 2)
+    process.join(60)
+    assert process.exitcode == 1
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert "train.py: after step 4: cannot write the checkpoint" in message and "too large" in message
+    assert "--resume latest" in message
+    # The last checkpoint is whole, and half of another one does not fill the disk.
+    assert {path.name: path.read_bytes() for path in last.iterdir()} == before
+    assert not list((directory / "checkpoints").glob(".*"))
+    resume(directory, "--steps", "6")
+    assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty metadata", "garbage"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(runs, damage, capsys):
+    directory = runs.new(**FLAGS | {"steps": 2, "save_every": 1})
+    last = directory / "checkpoints/step-000002"
+    file = last / ".metadata" if damage == "empty metadata" else next(last.glob("*.distcp"))
+    content = file.read_bytes()
+    file.write_bytes({"truncated": content[: len(content) // 2], "empty metadata": b"", "garbage": b"?" * 2000}[damage])
+    capsys.readouterr()
+    lines = {path.name: path.read_bytes() for path in directory.glob("*.jsonl")}
+    with pytest.raises(SystemExit) as end:
+        resume(directory, "--steps", "6")
+    assert "cannot read the checkpoint" in end.value.code and "step-000002" in end.value.code
+    assert "\n" not in end.value.code and "--resume DIR" in end.value.code
+    assert {path.name: path.read_bytes() for path in directory.glob("*.jsonl")} == lines  # nothing was cut back
+    train.main(["--resume", str(directory / "checkpoints/step-000001"), "--steps", "6"])
+    assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
+
+
+def test_a_directory_that_cannot_be_written_is_refused_at_the_start(runs, capsys):
+    blocked = runs.folder / "a file"
+    blocked.write_text("")
+    with pytest.raises(SystemExit) as end:
+        train.main(runs.argv(FLAGS, run_dir=blocked / "run"))
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.count("\n") == 1 and "a file" in message
+
+
+def test_what_a_run_killed_before_run_json_left_is_no_run_and_no_obstacle(runs):
+    directory = runs.directory()
+    (directory / "init").mkdir(parents=True)
+    (directory / "run.tmp").write_text("{")
+    train.main(runs.argv(FLAGS, run_dir=directory))
+    assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
+
+
+def test_torchruns_restart_goes_on_where_it_can(runs, monkeypatch, tmp_path):
+    """By the default directory, which carries torchrun's process id; and from the start if nothing was begun."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    flags = FLAGS | {"steps": 2}
+    train.main(runs.argv(flags))
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert directory.name.endswith(f"-p{os.getppid()}")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    args = train.parse_args(runs.argv(flags))
+    assert (args.run_dir, args.resume) == (f"runs/{directory.name}", "latest")
+    args = train.parse_args(runs.argv(flags, run_dir=tmp_path / "new"))
+    assert (args.run_dir, args.resume) == (str(tmp_path / "new"), None)
+    # Another torchrun's run of the same name is none of ours.
+    monkeypatch.setattr(train.os, "getppid", lambda: 1)
+    assert train.parse_args(runs.argv(flags)).resume is None
