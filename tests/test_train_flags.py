@@ -246,7 +246,7 @@ def test_timeout_is_that_of_the_process_group(runs, monkeypatch):
     seen = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(train.dist, "rendezvous", lambda *_, timeout: iter([(None, 0, 2)]))
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, timeout, **__: seen.append(timeout.total_seconds()))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, timeout, **__: seen.append(timeout.seconds))
     train.join_ranks("cpu", train.parse_args(runs.argv(timeout=5.0, run_dir=runs.directory())).timeout)
     assert seen == [5.0]
 
