@@ -40,6 +40,7 @@ LONG = {
     "for seed in": "half a minute each, after the warm start",
     "python train.py": "3.8 minutes on two cores (README)",
     "python -m pytest": "the tests themselves",
+    "python tests/": "benchmarks and stress tests, of minutes each; their results stand beside the command",
 }
 
 
@@ -95,7 +96,7 @@ def run(copy, command):
     done = subprocess.run(
         ["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert done.returncode == 0, f"{command}\n{done.stderr}\n(a command that is not quick belongs in LONG)"
     return done.stdout
 
 
