@@ -378,7 +378,8 @@ def print_authors_metrics(evaluation):
 # Flags that say where, how fast or how safely a run was made; runs that differ in nothing else are one configuration.
 NOT_A_CONFIGURATION = {
     "seed", "run_dir", "resume", "device", "keep", "save_every", "export_every", "export_dtype", "samples_every",
-    "micro_tokens", "rollout_batch", "verifier_workers", "verifier_timeout", "verifier_memory",
+    "micro_tokens", "rollout_batch", "verifier_workers", "verifier_timeout", "verifier_memory", "timeout",
+    "activation_checkpointing", "cpu_offload", "free_sampler", "plan",
 }  # fmt: skip
 TrainedRun = namedtuple("TrainedRun", "path flags evaluations metrics")  # evaluations by step; metrics: a line a step
 

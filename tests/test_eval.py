@@ -599,6 +599,12 @@ def test_configurations_are_named_by_what_sets_them_apart(capsys, three_runs):
     assert "copo-1" in refused(capsys, ["--compare", three_runs / "*"])  # the same seed of the same configuration
 
 
+def test_flags_of_speed_make_no_configuration():
+    """What may change on resume without a word, lengths apart, tells no configurations; new flags of that kind too."""
+    ours, known = evaluation_module.NOT_A_CONFIGURATION, set(vars(train.flags().parse_args([])))
+    assert ours.issubset(known) and ours.issuperset(train.NOT_THE_RUN - {"steps", "eval_every"})
+
+
 def test_failed_runs_are_listed_and_unfinished_ones_count(capsys, three_runs):
     runs = three_runs / "bad"
     (runs / "empty").mkdir(parents=True)
