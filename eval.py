@@ -429,13 +429,14 @@ def group_runs(runs):
         same.append(run)
 
     def differing(kind, others):
-        return {name: kind[name] for name in sorted(kind) if any(other.get(name) != kind[name] for other in others)}
+        names = sorted(set().union(*others))  # an older run may lack a flag
+        return {name: kind.get(name) for name in names if len({json.dumps(one.get(name)) for one in others}) > 1}
 
     named, flags = {}, {}
     for key, kind in kinds.items():
         rivals = differing(kind, [other for other in kinds.values() if other["algo"] == kind["algo"]])
         name = " ".join([kind["algo"], *(f"{flag}={value}" for flag, value in rivals.items())])
-        named[name], flags[name] = grouped[key], differing(kind, kinds.values())
+        named[name], flags[name] = grouped[key], differing(kind, list(kinds.values()))
     return named, flags
 
 

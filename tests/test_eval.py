@@ -595,6 +595,11 @@ def test_configurations_are_named_by_what_sets_them_apart(capsys, three_runs):
     text, report, _ = compared(capsys, three_runs, three_runs / "*")
     assert list(report["flags"]) == ["copo blend=soft-zero gamma=5.0", "grpo", "copo blend=soft gamma=20.0"]
     assert report["baseline"] is None and "minus" not in text and "Differences" not in text
+    assert report["flags"]["grpo"] == {"algo": "grpo", "blend": "local", "gamma": 5.0}
+    fake_run(three_runs / "newer", curve, [], algo="dapo", blend="local", kl_coef=0.5)  # a flag that the others lack
+    text, report, _ = compared(capsys, three_runs, three_runs / "*")
+    assert report["flags"]["dapo"]["kl_coef"] == 0.5 and report["flags"]["grpo"]["kl_coef"] is None
+    assert len({line.count("|") for line in text.split("\n\n")[0].splitlines()}) == 1
     fake_run(three_runs / "again", curve, [], seed=1, save_every=3)
     assert "copo-1" in refused(capsys, ["--compare", three_runs / "*"])  # the same seed of the same configuration
 
