@@ -303,7 +303,7 @@ SAVED = ("correct", "reward", "class", "length", "weight", "local_adv")  # in gr
 def read_groups(path, only_step=None):
     """A run's groups.jsonl -> for each of its steps {name: (P,G) float64}. ValueError names the file and the line."""
     steps = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:  # bytes that are no text fail with their line
         for number, line in enumerate(file, 1):
             try:
                 if not line.endswith("\n"):

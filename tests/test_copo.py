@@ -735,6 +735,8 @@ def test_lab_refuses_what_is_not_there(saved, capsys):
     saved.write_text(saved.read_text() + '{"step": 3, "cor')  # a run that is being written, or was killed
     copo.main(["--groups", str(saved)])
     assert "5 groups" in capsys.readouterr().out
+    saved.write_bytes(b"\xff\xfe\n")
+    assert f"{saved}:1: not a group" in refused("--groups", saved)
 
 
 def test_lab_plot(saved, capsys, monkeypatch):
