@@ -5,14 +5,17 @@ advantage is zero and the whole group is wasted. COPO adds a second, global comp
 blends the two losses by how much the group's answers disagree (their entropy). This file holds all of that mathematics
 and nothing else: no model, no tokenizer, no configuration object, no input or output outside main().
 
-    python copo.py        one worked batch, every quantity in a table
+    python copo.py                                  one worked batch, every quantity in a table
+    python copo.py --groups RUN/groups.jsonl        what each preset and blend would have made of a run's groups
 
 Sources: "paper" is arXiv 2508.04138; "authors" is their code, hijih/copo-code, verl/trainer/ppo/core_algos.py.
 Shapes: P prompts, G responses per prompt, B = P·G rows (row = prompt·G + response), T response tokens.
 """
 
 import argparse
+import json
 import math
+import sys
 
 import torch
 
@@ -257,8 +260,7 @@ def _right_and_wrong(values, correct):
     return " ".join(f"{part:>7}" for part in parts)
 
 
-def main(argv=None):
-    argparse.ArgumentParser(description="Print one worked batch: every quantity of COPO, by prompt.").parse_args(argv)
+def print_worked_batch():
     answers = ("AAAAAA", "AAAAAb", "AAbbcd", "Abcdef", "bcdefg", "bbbccd", "bbbbbb", "------", "bbbb--")
     classes = torch.tensor([[ord(answer) for answer in row] for row in answers])  # (P,G); any labels will do
     correct = classes == ord("A")
@@ -291,6 +293,124 @@ def main(argv=None):
     print(f"{'groups |A| < 0.01':<19}" + "".join(f"{f'{n} of {len(answers)}':>19}" for n in idle))
     wasted = [str(i + 1) for i, mixed in enumerate(is_mixed(correct)) if not mixed]
     print(f"\nGRPO wastes the groups of prompts {', '.join(wasted)}: all right or all wrong, so A^l = 0.")
+
+
+# ---------------------------------------------------------------------------------- the advantage lab: saved groups
+
+SAVED = ("correct", "reward", "class", "length", "weight", "local_adv")  # in groups.jsonl, a number for each response
+
+
+def read_groups(path, only_step=None):
+    """A run's groups.jsonl -> for each of its steps {name: (P,G) float64}. ValueError names the file and the line."""
+    steps = {}
+    with open(path, encoding="utf-8", errors="replace") as file:  # bytes that are no text fail with their line
+        for number, line in enumerate(file, 1):
+            try:
+                if not line.endswith("\n"):
+                    break  # the run is writing it, or was killed while it did
+                saved = json.loads(line)
+                group = torch.tensor([saved[name] for name in SAVED], dtype=torch.float64)  # (6,G)
+                group = torch.cat([group, torch.full_like(group[:1], saved["global_adv"])])
+                if only_step in (None, saved["step"]):
+                    steps.setdefault(saved["step"], []).append(group)
+                    torch.stack(steps[saved["step"]][-2:])  # refuses groups of two sizes in a step
+                if not group.isfinite().all():
+                    raise ValueError("a number is not finite")
+            except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{path}:{number}: not a group: {type(error).__name__}: {error}") from error
+    if not steps:
+        raise ValueError(f"{path}: no groups" + (f" of step {only_step}" if only_step is not None else ""))
+    return [dict(zip((*SAVED, "global_adv"), torch.stack(groups, dim=1))) for groups in steps.values()]
+
+
+def lab_figures(steps, rule):
+    """What a rule (a row of PRESETS; None: the run's, by the w, A^l and A^g it saved, coef 1) makes of saved groups.
+
+    -> means over right and over wrong responses of w, A^l, A^g and A; shares of the gradient by kind of group, of wrong
+    responses pushed up, and of groups without gradient. NaN where there is nothing to take a mean of."""
+    parts = []
+    for saved in steps:
+        correct, global_adv = saved["correct"].bool(), saved["global_adv"][:, 0]
+        local_adv, weight, coef, by_length = saved["local_adv"], saved["weight"], 1.0, False
+        if rule:
+            entropy = consistency_entropy(saved["class"])
+            prompt_rewards = global_rewards(correct, entropy, rule["consistency_coef"])
+            local_adv = local_advantages(saved["reward"], rule["advantage"], rule["scale_advantages"])
+            global_adv = global_advantages(prompt_rewards, rule["scale_advantages"])
+            weight = local_weight(entropy, correct, local_adv, rule["blend"], rule["gamma"], rule["rho"])
+            coef, by_length = rule["global_coef"], rule["aggregation"] != "seq-mean-token-mean"
+        effective = effective_advantages(local_adv, global_adv, weight, coef)
+        # A response's share of Σ_t |A|: its length cancels where the mean over its tokens is taken first.
+        size = effective.abs() * (saved["length"] if by_length else 1)
+        of_group = torch.stack([global_adv, effective.abs().amax(dim=1) < 1e-9, correct.double().mean(dim=1)])
+        of_group = of_group[:, :, None].expand(3, *correct.shape)
+        parts.append(torch.cat([torch.stack([correct, weight, local_adv, effective, size]), of_group]).flatten(1))
+    correct, weight, local_adv, effective, size, global_adv, idle, accuracy = torch.cat(parts, dim=1)
+    figures, right = {}, correct == 1
+    for name, values in (("w", weight), ("A^l", local_adv), ("A^g", global_adv), ("A", effective)):
+        figures |= {f"{name} right": values[right].mean(), f"{name} wrong": values[~right].mean()}
+    kinds = {"all wrong": accuracy == 0, "mixed": (accuracy > 0) & (accuracy < 1), "all right": accuracy == 1}
+    figures |= {f"from {kind}": size[which].sum() / size.sum() for kind, which in kinds.items()}
+    figures |= {"pushed up": (effective[~right] > 0).double().mean(), "idle": idle.mean()}
+    return {name: value.item() for name, value in figures.items()}
+
+
+def print_lab(title, table):
+    """{name: figures} as a table."""
+    print(f"\n{title}\n\n{'':<16}" + "".join(f"{name:^14}" for name in ("w", "A^l", "A^g", "A")) +
+          f"{'gradient from groups':^27}{'wrong':>8}{'groups':>8}\n{'':<16}" + f"{'right':>7}{'wrong':>7}" * 4 +
+          f"{'all wrong':>10}{'mixed':>7}{'all right':>10}{'up':>8}{'idle':>8}")  # fmt: skip
+    for name, figures in table.items():
+        cells = [f"{value:7.2f}" for value in list(figures.values())[:8]]
+        cells += [f"{value:{width}.1%}" for value, width in zip(list(figures.values())[8:], (10, 7, 10, 8, 8))]
+        print(f"{name:<16}" + "".join(cells).replace("nan%", "   .").replace("nan", "  ."))
+
+
+def plot_lab(path, table):
+    """Bars: where the gradient comes from. Crosses: the share of wrong responses that is pushed up."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawing, axes = plt.subplots(figsize=(8, 9), layout="tight")
+    start = [0.0] * len(table)
+    for kind, color in (("all wrong", "#d98880"), ("mixed", "#f7dc6f"), ("all right", "#7dcea0")):
+        width = [figures[f"from {kind}"] for figures in table.values()]
+        axes.barh(list(table), width, left=start, color=color, label=f"gradient from {kind} groups")
+        start = [a + b for a, b in zip(start, width)]
+    axes.plot([figures["pushed up"] for figures in table.values()], list(table), "kx", label="wrong pushed up")
+    axes.invert_yaxis()
+    axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+    drawing.savefig(path, dpi=110)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Print one worked batch, or what rules would make of a run's groups.")
+    parser.add_argument("--groups", metavar="FILE", help="groups.jsonl of a run of train.py: the advantage lab")
+    parser.add_argument("--step", type=int, help="this step of it only")
+    parser.add_argument("--blend", choices=BLENDS, default="soft-zero", help="rule of the sweep over γ and ρ")
+    parser.add_argument("--plot", metavar="PNG", help="draw the lab's tables (needs matplotlib)")
+    args = parser.parse_args(argv)
+    if not args.groups:
+        return print_worked_batch()
+    base, blends = PRESETS["copo"], [name for name in BLENDS if name not in ("soft-zero", "local")]  # copo and grpo
+    rules = {"the run's own": None} | PRESETS | {name: {**base, "blend": name} for name in blends}
+    rules |= {f"grpo, {kind}": {**PRESETS["grpo"], "advantage": kind} for kind in ADVANTAGES[1:]}
+    grid = [(gamma, rho) for gamma in (1, 2, 5, 10, 20) for rho in (0.5, 1, 1.5, 2)]
+    sweep = {f"γ {g:<3g} ρ {r:g}": {**base, "blend": args.blend, "gamma": g, "rho": r} for g, r in grid}
+    try:
+        steps = read_groups(args.groups, args.step)
+        rules, sweep = ({name: lab_figures(steps, rule) for name, rule in part.items()} for part in (rules, sweep))
+        if args.plot:
+            plot_lab(args.plot, rules | sweep)
+    except (OSError, ValueError, ImportError) as error:
+        hint = "; pip install matplotlib, or leave --plot out" if isinstance(error, ImportError) else ""
+        print(f"copo.py: {error}{hint}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{args.groups}: {sum(len(saved['correct']) for saved in steps)} groups of {len(steps)} steps")
+    print_lab("Every preset, every other blend (else as copo) and advantage, on these groups and rewards", rules)
+    print_lab(f"Blend {args.blend} over γ and ρ", sweep)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,24 @@
     python eval.py --model runs/demo/model --data data/arithmetic_test.jsonl --instruction "" --max-new-tokens 64
     python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data problems.jsonl --greedy --limit 100
     torchrun --nproc-per-node 8 eval.py --model DIR --data problems.jsonl      # the problems dealt to eight GPUs
+    python eval.py --compare 'runs/*' --baseline grpo                          # runs of train.py, by their files
 
 Same sampler and same checker as in training, which calls evaluate() from here. The noise of a response is a function of
 (seed, data row, sample) alone, so that two checkpoints, or one at two steps, are compared on the same draws.
 
-Shapes: N problems, k samples of each.
+Shapes: N problems, k samples of each, S seeds.
 """
 
 import argparse
+import glob
 import json
 import math
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,12 +198,46 @@ def pass_at_k(verdicts, k):
     return by_count[verdicts.sum(axis=1)]
 
 
+def bootstrap_best_at_k(verdicts, k, resamples=1000, seed=42):
+    """The authors' best@k, which is verl's: (N,n) -> (N,). Simulated chance that k samples drawn with replacement hold
+    a right one: near 1 − (1 − c/n)^k, hence below pass_at_k. The same draws serve every problem."""
+    verdicts = np.asarray(verdicts, dtype=bool)
+    # RandomState, numpy's old generator: the very draws of verl's np.random.seed(42); np.random.choice(n, k)
+    draws = np.random.RandomState(seed).randint(0, verdicts.shape[1], (resamples, k))
+    return np.array([row[draws].any(axis=1).mean() for row in verdicts])
+
+
+def bootstrap_maj_at_k(verdicts, classes, k, resamples=1000, seed=42):
+    """The authors' maj@k, which is verl's: (N,n), (N,n) -> (N,). The vote of k samples drawn with replacement.
+
+    A tie goes to the class that was drawn first. "No answer" (-1) votes like an answer, and may win. (Over strings, as
+    theirs is, equal values written differently would be two candidates; here they are one class.)
+    """
+    verdicts, classes = np.asarray(verdicts, dtype=bool), np.asarray(classes)
+    draws = np.random.RandomState(seed).randint(0, verdicts.shape[1], (resamples, k))
+    credit = np.zeros(len(verdicts))
+    for i, (right, labels) in enumerate(zip(verdicts, classes)):
+        drawn = labels[draws]  # (resamples,k)
+        votes = (drawn[:, :, None] == drawn[:, None, :]).sum(axis=2)  # of each draw's class
+        winner = draws[np.arange(resamples), votes.argmax(axis=1)]  # argmax: the first of the largest
+        credit[i] = right[winner].mean()
+    return credit
+
+
 def bootstrap_interval(values, level=0.95, resamples=10_000, seed=0):
-    """Percentile interval of the mean of values (N,), resampling problems with replacement -> (low, high)."""
-    values = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    rounds = [100] * (resamples // 100) + [resamples % 100]  # in rounds, since (resamples, N) indices may be gigabytes
-    means = [values[generator.integers(0, len(values), (size, len(values)))].mean(axis=1) for size in rounds]
+    """Percentile interval of the mean of values (N,), resampling problems with replacement -> (low, high).
+
+    Of (S,N), seeds first and then problems: those of a resample are the same for all its seeds, as they are in reality;
+    drawn for each seed anew, what makes this set of problems hard or easy would be averaged away.
+    """
+    values, means = np.atleast_2d(np.asarray(values, dtype=np.float64)), []
+    generator, (num_seeds, num_problems) = np.random.default_rng(seed), values.shape
+    for size in [100] * (resamples // 100) + [resamples % 100]:  # since (resamples, N) indices may be gigabytes
+        problems = generator.integers(0, num_problems, (size, num_problems))
+        by_problem = values.mean(axis=0, keepdims=True)
+        if num_seeds > 1:
+            by_problem = values[generator.integers(0, num_seeds, (size, num_seeds))].mean(axis=1)
+        means.append(np.take_along_axis(by_problem, problems, axis=1).mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -229,6 +266,7 @@ def _refuse(message):
 def parse_args(argv):
     """Flags, checked against each other; what is wrong ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.epilog = "python eval.py --compare RUN ... compares runs of train.py (--compare --help)"
     parser.error = _refuse
     add = parser.add_argument
     add("--model", required=True, help="directory or Hub id of a model")
@@ -248,6 +286,7 @@ def parse_args(argv):
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--rollout-batch", type=int, default=256, help="most responses in flight, bounds memory (0 = all)")
     add("--out", help="write one JSON line per sample to this file, whole or not at all")
+    add("--authors-metrics", action="store_true", help="print the authors' bootstrap maj@k and best@k as well")
     args = parser.parse_args(argv)
     if args.greedy and (args.k not in (None, 1) or args.temperature != 1 or args.top_p != 1 or args.top_k != 0):
         parser.error("--greedy has one response and no distribution: leave out --k, --temperature, --top-p and --top-k")
@@ -255,6 +294,8 @@ def parse_args(argv):
     for flag, least in (("k", 1), ("top_k", 0), ("max_new_tokens", 1), ("limit", 0), ("seed", 0), ("rollout_batch", 0)):
         if getattr(args, flag) < least:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}")
+    if args.authors_metrics and args.k < 2:
+        parser.error("--authors-metrics needs --k of at least 2: there is no vote of one")
     if not 0 < args.temperature < math.inf:
         parser.error(f"--temperature is {args.temperature}; it must be above 0 (for 0 say --greedy)")
     if not 0 < args.top_p <= 1:
@@ -322,7 +363,233 @@ def print_summary(evaluation, seconds, seed):
         print("Warning: most responses were cut off; a larger --max-new-tokens may change the figures.")
 
 
+def print_authors_metrics(evaluation):
+    """The figures as the authors' code would state them, beside ours and never in their place."""
+    k = evaluation.verdicts.shape[1]
+    print("\nThe authors' bootstrap: k samples drawn with replacement, 1,000 times, seed 42; missing answers vote")
+    for size in sorted({2**i for i in range(1, k.bit_length())} | ({k} - {1})):
+        maj = bootstrap_maj_at_k(evaluation.verdicts, evaluation.classes, size).mean()
+        best = bootstrap_best_at_k(evaluation.verdicts, size).mean()
+        print(f"bootstrap maj@{size:<4}{maj:>7.1%}    bootstrap best@{size:<4}{best:>7.1%}")
+
+
+# ---------------------------------------------------------------------------------- comparison of runs
+
+# Flags that say where, how fast or how safely a run was made; runs that differ in nothing else are one configuration.
+NOT_A_CONFIGURATION = {
+    "seed", "run_dir", "resume", "device", "keep", "save_every", "export_every", "export_dtype", "samples_every",
+    "micro_tokens", "rollout_batch", "verifier_workers", "verifier_timeout", "verifier_memory", "timeout",
+    "activation_checkpointing", "cpu_offload", "free_sampler", "plan",
+}  # fmt: skip
+TrainedRun = namedtuple("TrainedRun", "path flags evaluations metrics")  # evaluations by step; metrics: a line a step
+
+
+def load_run(path):
+    """The run in a directory -> TrainedRun. ValueError if it has failed: nothing in it can be compared, and why.
+
+    A run's files do not tell a crash from a run that is still going. Failed is therefore what has no figure to show (no
+    flags, no evaluation, damaged lines), changed its configuration on the way, or ended in updates that are not finite;
+    the rest counts as far as it came."""
+
+    def lines(name):
+        text = Path(path, name).read_text(encoding="utf-8") if Path(path, name).exists() else ""
+        # a last line without its end is one that was being written
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    try:
+        about = json.loads(Path(path, "run.json").read_text(encoding="utf-8"))
+        evaluations = {line["step"]: line for line in lines("eval.jsonl")}
+        run = TrainedRun(path, about["flags"], evaluations, lines("metrics.jsonl"))
+        if changed := [name for resumed in about.get("resumed", ()) for name in resumed["changed"]]:
+            raise ValueError(f"two configurations in one run, which was resumed with another {', '.join(changed)}")
+        if len({len(line["per_problem"]) for line in run.evaluations.values()}) != 1:
+            raise ValueError("evaluations of different problems, or no evaluation when it ended, or yet")
+        if run.metrics and run.metrics[-1]["loss"] is None and run.metrics[-1]["prompts_trained"]:
+            raise ValueError(f"no update of its last step, {run.metrics[-1]['step']}, was finite")
+        group_runs([run])
+        run_figures(run, run.evaluations)  # what they need and is not there is noticed now
+        return run
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"unreadable: {type(error).__name__}: {error}") from error
+
+
+def group_runs(runs):
+    """Runs by configuration -> ({name: its runs, by seed}, {name: the flags in which configurations differ}).
+
+    A name is the preset, and what tells it from other configurations of that preset."""
+    grouped, kinds = {}, {}
+    for run in sorted(runs, key=lambda run: run.flags["seed"]):
+        # of data files the last two names, since a repository may lie anywhere
+        places = {name: "/".join(Path(run.flags[name] or "").parts[-2:]) for name in ("data", "eval_data")}
+        kind = {name: value for name, value in (run.flags | places).items() if name not in NOT_A_CONFIGURATION}
+        kinds[key := json.dumps(kind, sort_keys=True)] = kind
+        same = grouped.setdefault(key, [])
+        if same and same[-1].flags["seed"] == run.flags["seed"]:
+            raise ValueError(f"{same[-1].path} and {run.path}: equal flags and one seed; leave out one of them")
+        same.append(run)
+
+    def differing(kind, others):
+        names = sorted(set().union(*others))  # an older run may lack a flag
+        return {name: kind.get(name) for name in names if len({json.dumps(one.get(name)) for one in others}) > 1}
+
+    named, flags = {}, {}
+    for key, kind in kinds.items():
+        rivals = differing(kind, [other for other in kinds.values() if other["algo"] == kind["algo"]])
+        name = " ".join([kind["algo"], *(f"{flag}={value}" for flag, value in rivals.items())])
+        named[name], flags[name] = grouped[key], differing(kind, list(kinds.values()))
+    return named, flags
+
+
+def run_figures(run, steps):
+    """What the evaluations at `steps`, and training up to the last of them, come to: {name: (N,) problems, or (1,)}."""
+    steps, k = sorted(steps), next(iter(run.evaluations.values()))["k"]
+    means, votes = (np.array([run.evaluations[s][name] for s in steps]) for name in ("per_problem", "per_problem_maj"))
+    best = means.mean(axis=1).argmax()  # the first of the best; the vote is that of the same step
+    # 1/(s_E − s_0) ∫ accuracy ds, by trapezoids: the mean accuracy along the way
+    area = np.trapezoid(means, steps, axis=0) / (steps[-1] - steps[0]) if len(steps) > 1 else means[0]
+    figures = {
+        f"mean@{k}, last step": means[-1], f"mean@{k}, best step": means[best], f"maj@{k}, last step": votes[-1],
+        f"maj@{k}, best step": votes[best], f"mean@{k}, area under the curve": area,
+    }  # fmt: skip
+    if lines := [line for line in run.metrics if line["step"] <= steps[-1]]:
+        figures |= {
+            "tokens sampled": lines[-1]["tokens"],
+            "seconds": sum(line["seconds"] for line in lines),
+            "groups of equal verdicts": np.mean([1 - line["mixed"] for line in lines]),
+            "groups without gradient": np.mean([line["zero_gradient_groups"] for line in lines]),
+            "wrong responses pushed up": np.mean([line["wrong_pushed_up"] for line in lines]),
+        }
+    return {name: np.atleast_1d(values) for name, values in figures.items()}
+
+
+def compare_runs(named, baseline):
+    """One dict for each figure and configuration: its mean over runs, the interval, and both of the difference to the
+    baseline's runs of the same seeds, at the steps that both evaluated: half a run against a whole one says nothing."""
+
+    def summary(by_run):
+        values = np.array(by_run, dtype=np.float64)  # (S,N) or (S,1)
+        interval = bootstrap_interval(values) if values.size > 1 else None
+        return {"mean": values.mean(), "interval": interval, "runs": values.mean(axis=1).tolist()}
+
+    rows, others = [], {run.flags["seed"]: run for run in named.get(baseline, ())}
+    for name, same in named.items():
+        own, pairs = [run_figures(run, run.evaluations) for run in same], []
+        for run in same:
+            other = others.get(run.flags["seed"]) if name != baseline else None
+            if other and (steps := set(run.evaluations) & set(other.evaluations)):
+                pairs.append((run_figures(run, steps), run_figures(other, steps)))
+        for key in own[0]:
+            rows.append({"figure": key, "configuration": name} | summary([one[key] for one in own if key in one]))
+            gaps = [one[key] - two[key] for one, two in pairs if key in one and key in two]
+            rows[-1]["difference"] = summary(gaps) if gaps else None
+    order = [row["figure"] for row in rows]
+    return sorted(rows, key=lambda row: order.index(row["figure"]))
+
+
+def print_comparison(report):
+    """Tables, aligned on the console and in Markdown."""
+
+    def show(*rows):
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+            print("| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |")
+
+    def text(row, sign=""):
+        one = row["difference"] if sign else row
+        form = (f"{{:{sign},.0f}}" if row["figure"] in ("tokens sampled", "seconds") else f"{{:{sign}.1%}}").format
+        if one is None or one["interval"] is None:
+            return form(one["mean"]) if one else ""
+        low, high = one["interval"]
+        return f"{form(one['mean'])} [{form(low)}, {form(high)}]" + " *" * (sign == "+" and low * high > 0)
+
+    seeds = {name: ", ".join(f"{r['seed']}" + f" (unfinished: step {r['step']} of {r['of']})" * (r["step"] < r["of"])
+                             for r in runs) for name, runs in report["runs"].items()}  # fmt: skip
+    show(["configuration", *next(iter(report["flags"].values())), "seeds"],
+         *([name, *map(str, flags.values()), seeds[name]] for name, flags in report["flags"].items()))  # fmt: skip
+    print("".join(f"\nfailed, and in no figure: {path}: {reason}" for path, reason in report["failed"].items()))
+    minus = [f"minus {report['baseline']}"] if report["baseline"] else []
+    show(["figure", "configuration", "value [95 % interval]", *minus],
+         *([row["figure"], row["configuration"], text(row), *[text(row, "+") for _ in minus]]
+           for row in report["figures"]))  # fmt: skip
+    print(f"\n{report['problems']} held-out problems. Best step: each run's evaluation with the highest mean, chosen "
+          "on these same problems,\nwhich flatters it. Tokens, seconds and groups: training up to the last evaluation; "
+          "shares are means over steps.\nIntervals: bootstrap over seeds, then problems; the lower five over seeds.")
+    if lone := [name for name, runs in report["runs"].items() if len(runs) == 1]:
+        print(f"One seed, so over problems only, which says nothing of other seeds: {'; '.join(lone)}")
+    if count := sum(bool(row["difference"]) for row in report["figures"]):
+        print("Differences: seed by seed, problem by problem, up to the last step that both evaluated. * its interval "
+              f"excludes 0;\nof {count} differences that were all 0, {count / 20:.1f} would by chance.")  # fmt: skip
+
+
+def plot_curves(named, path):
+    """Held-out mean@k over the steps that all runs of a configuration evaluated, with its 95 % band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawing, axes = plt.subplots(figsize=(7, 4.5), layout="tight")
+    for name, same in named.items():
+        steps = sorted(set.intersection(*(set(run.evaluations) for run in same)))
+        values = [np.array([run.evaluations[step]["per_problem"] for run in same]) for step in steps]  # (S,N) each
+        (line,) = axes.plot(steps, [v.mean() for v in values], "o-", label=f"{name} (seeds: {len(same)})")
+        bands = np.transpose([bootstrap_interval(v) for v in values])
+        axes.fill_between(steps, *bands, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="step", ylabel="held-out accuracy, 95 % band", ylim=(0, 1))
+    axes.legend(frameon=False)
+    drawing.savefig(path, dpi=110)
+
+
+def compare(argv):
+    """python eval.py --compare ...: runs of train.py, from their files alone."""
+    parser = argparse.ArgumentParser(description="Compare runs of train.py by their files.", allow_abbrev=False)
+    parser.error = _refuse
+    add = parser.add_argument
+    add("--compare", nargs="+", required=True, metavar="RUN", help="directories of runs, or globs in quotes")
+    add("--baseline", metavar="RUN_OR_CONFIGURATION", help="what differences are taken to")
+    add("--plot", metavar="PNG", help="draw the held-out curves with their bands (needs matplotlib)")
+    add("--json", metavar="FILE", help="write all figures, each run's too, to this file")
+    args = parser.parse_args(argv)
+    if args.plot and not find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    runs, failed = {}, {}
+    try:
+        for pattern in args.compare:
+            if not (found := [str(Path(path)) for path in sorted(glob.glob(pattern)) if Path(path).is_dir()]):
+                raise ValueError(f"--compare {pattern}: no such directory")
+            for path in found:
+                try:
+                    runs[path] = load_run(path)
+                except ValueError as error:
+                    failed[path] = str(error)
+        if not runs:
+            raise ValueError(f"nothing to compare: {'; '.join(f'{path}: {why}' for path, why in failed.items())}")
+        named, flags = group_runs(runs.values())
+        judged = {(line["k"], len(line["per_problem"]), Path(run.flags["eval_data"]).name)
+                  for run in runs.values() for line in run.evaluations.values()}  # fmt: skip
+        if len(judged) > 1:
+            raise ValueError(f"runs were evaluated on different things, (k, problems, file): {sorted(judged)}")
+        places = {run.path: name for name, same in named.items() for run in same}
+        baseline = args.baseline and places.get(str(Path(args.baseline)), args.baseline)
+        if baseline not in (None, *named):
+            raise ValueError(f"--baseline {baseline} is neither one of the runs nor one of: {'; '.join(named)}")
+        about = {name: [{"path": run.path, "seed": run.flags["seed"], "step": max(run.evaluations),
+                         "of": run.flags["steps"]} for run in same] for name, same in named.items()}  # fmt: skip
+        report = {"problems": min(judged)[1], "baseline": baseline, "flags": flags, "runs": about, "failed": failed,
+                  "figures": compare_runs(named, baseline)}  # fmt: skip
+        if args.json:
+            Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if args.plot:
+            plot_curves(named, args.plot)
+    except (ValueError, OSError) as error:
+        _refuse(error)
+    print_comparison(report)
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--compare" in argv:
+        return compare(argv)
     args = parse_args(argv)
     try:
         join_ranks(args.device, timeout=7200)
@@ -353,6 +620,8 @@ def main(argv=None):
             if args.out:
                 write_samples(args.out, problems, evaluation)
             print_summary(evaluation, time.monotonic() - started, args.seed)
+            if args.authors_metrics:
+                print_authors_metrics(evaluation)
         if world() > 1:
             dist.destroy_process_group()
     except (ValueError, OSError) as error:

@@ -7,15 +7,19 @@ applied for both signs of the advantage; a mask by multiplication, which lets Na
 micro-batch; an exp that overflows; a KL gradient with the wrong sign; presets that drift from the paper's values.
 """
 
+import json
 import math
+import sys
 from collections import Counter
 
 import pytest
+import tiny_runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import copo
+import train
 
 steady = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 F64 = {"dtype": torch.float64}
@@ -596,3 +600,152 @@ def test_main_refuses_an_unknown_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         copo.main(["--nope"])
     assert stop.value.code == 2 and "--nope" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ the advantage lab
+
+
+def group(step, correct, classes, lengths=None, **more):
+    """A line of groups.jsonl; reward as the verdict, and w, A^l, A^g of a run that went by the global term alone."""
+    size = len(correct)
+    return json.dumps({
+        "step": step, "row": 7, "H": 0, "R": 0, "global_adv": 2.0, "correct": correct, "reward": correct,
+        "class": classes, "length": lengths or [4] * size, "finished": [1] * size, "weight": [0] * size,
+        "local_adv": [9] * size, "answers": {},
+    } | more) + "\n"  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Step 1: R 1, 1/2, 0, so A^g 1, 0, −1; H 0, 1, 1. Step 2: R 1/2, 0, so A^g ±.7071; H 1, 0."""
+    path = tmp_path / "groups.jsonl"
+    path.write_text(
+        group(1, [1, 1], [0, 0]) + group(1, [1, 0], [0, 1], [10, 30]) + group(1, [0, 0], [1, 2], [5, 5])
+        + group(2, [1, 0], [0, 1]) + group(2, [0, 0], [-1, -1])
+    )  # fmt: skip
+    return path
+
+
+def test_lab_by_hand(saved):
+    steps = copo.read_groups(saved)
+    assert [tuple(step["correct"].shape) for step in steps] == [(3, 2), (2, 2)]
+    figures = copo.lab_figures(copo.read_groups(saved, 1), copo.PRESETS["copo"])
+    low = 1 / (1 + math.exp(5))  # w of the group that is all right; of the mixed one's right answer it is 1/2
+    half = math.sqrt(0.5)  # A^l of the mixed group: (1 − 1/2)/√(1/2)
+    right = [1 - low, 1 - low, 0.5 * half]  # effective, A^g of the mixed group being 0
+    total = sum(right) + 2  # the wrong ones: 0 −1 −1
+    by_hand = {
+        "w right": (2 * low + 0.5) / 3, "w wrong": 0, "A^l right": half / 3, "A^l wrong": -half / 3,
+        "A^g right": 2 / 3, "A^g wrong": -2 / 3, "A right": sum(right) / 3, "A wrong": -2 / 3,
+        "from all wrong": 2 / total, "from mixed": 0.5 * half / total, "from all right": 2 * (1 - low) / total,
+        "pushed up": 0, "idle": 0,
+    }  # fmt: skip
+    assert list(figures) == list(by_hand)
+    close(list(figures.values()), list(by_hand.values()), 1e-5)
+    # Step 2: the mixed group is above the mean, and its wrong answer gets all of that; with the group's gate half
+    # of that and half of A^l, which cancel. In both steps 6 wrong responses, one of them pushed up.
+    assert copo.lab_figures(steps, copo.PRESETS["copo"])["pushed up"] == pytest.approx(1 / 6)
+    group_gate = {**copo.PRESETS["copo"], "blend": "soft-zero-group"}
+    assert copo.lab_figures(steps[1:], group_gate)["A wrong"] == pytest.approx(-2 * half / 3, abs=1e-5)
+    assert copo.lab_figures(steps, group_gate)["pushed up"] == 0
+    grpo = copo.lab_figures(steps, copo.PRESETS["grpo"])
+    assert (grpo["idle"], grpo["from mixed"], grpo["pushed up"]) == (3 / 5, 1, 0)
+
+
+def test_lab_weighs_by_length_where_the_rule_does(saved):
+    # global term alone, step 1: sizes 1 1, 0 0, 1 1 and lengths 4 4, 10 30, 5 5
+    rule = {**copo.PRESETS["copo"], "blend": "global"}
+    steps = copo.read_groups(saved, 1)
+    assert copo.lab_figures(steps, rule)["from all wrong"] == pytest.approx(1 / 2)
+    for aggregation in ("token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
+        assert copo.lab_figures(steps, {**rule, "aggregation": aggregation})["from all wrong"] == pytest.approx(5 / 9)
+
+
+def test_lab_shows_the_run_itself(saved):
+    figures = copo.lab_figures(copo.read_groups(saved), None)
+    assert [figures[name] for name in ("w right", "A^l wrong", "A^g right", "A wrong", "pushed up")] == [0, 9, 2, 2, 1]
+
+
+def test_lab_of_groups_without_wrong_responses(tmp_path, capsys):
+    path = tmp_path / "groups.jsonl"
+    path.write_text(group(1, [1, 1], [0, 0]))
+    assert math.isnan(copo.lab_figures(copo.read_groups(path), copo.PRESETS["copo"])["pushed up"])
+    copo.main(["--groups", str(path)])
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_lab_prints_every_rule_and_the_sweep(saved, capsys):
+    copo.main(["--groups", str(saved)])
+    text = capsys.readouterr().out
+    rows = {line[:16].strip(): line[16:].split() for line in text.splitlines() if line[16:17] == " "}
+    rules = {"the run's own", *copo.PRESETS, *copo.BLENDS, "grpo, batch", "grpo, ngrpo"} - {"soft-zero", "local"}
+    assert rules | {"γ 20  ρ 0.5", "γ 1   ρ 2"} <= rows.keys()
+    assert len(rows) == len(rules) + 20 + 1  # and the heads
+    # Four right answers: A .9933 .9933 .3536 .7071; six wrong ones: A 0 −1 −1 .7071 −.7071 −.7071. Of Σ|A| = 7.169 all
+    # wrong groups have 3.414, mixed ones 1.768.
+    by_hand = "0.25 0.00 0.35 -0.24 0.68 -0.45 0.76 -0.45 47.6% 24.7% 27.7% 16.7% 0.0%"
+    assert " ".join(rows["copo"]) == by_hand
+    assert rows["grpo"][-5:] == ["0.0%", "100.0%", "0.0%", "0.0%", "60.0%"]
+    assert rows["γ 5   ρ 1"] == rows["copo"] and "5 groups of 2 steps" in text
+    assert max(map(len, text.splitlines())) <= 120
+    copo.main(["--groups", str(saved), "--step", "2", "--blend", "soft"])
+    text = capsys.readouterr().out
+    assert "2 groups of 1 steps" in text and "Blend soft over" in text
+
+
+def test_lab_agrees_with_a_real_run(tmp_path, monkeypatch):
+    """What train.py saved is what its preset makes of it here, so that the lab speaks of the same algorithm."""
+    monkeypatch.setattr(train, "Verifier", tiny_runs.Judge)
+    runs = tiny_runs.Runs(tmp_path)
+    for algo in ("copo", "copo-paper", "grpo"):
+        steps = copo.read_groups(runs.new(algo=algo, prompts_per_step=8) / "groups.jsonl")
+        own, recomputed = (copo.lab_figures(steps, rule) for rule in (None, copo.PRESETS[algo]))
+        assert own["A right"] != 0
+        close(list(own.values()), list(recomputed.values()), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "JSONDecodeError"), ("[1]", "TypeError"), ("{}", "KeyError"), (group(1, [1], [0]), "RuntimeError"),
+        (group(1, [1, 0], [0, 1, 1]), "ValueError"), (group(1, [1, 0], ["a", "b"]), "Error"),
+        (group(1, [1, 0], [0, 1], reward=[math.nan, 0]), "not finite"), (group(1, [1, 0], [0, 1], weight=1), "Error"),
+        (group([], [1, 0], [0, 1]), "TypeError"),
+    ],
+)  # fmt: skip
+def test_lab_refuses_bad_files_by_line(saved, capsys, line, words):
+    good = saved.read_text()
+    saved.write_text(good + line.rstrip() + "\n" + good)
+    with pytest.raises(SystemExit) as stop:
+        copo.main(["--groups", str(saved)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"{saved}:6: not a group" in error and words in error
+
+
+def test_lab_refuses_what_is_not_there(saved, capsys):
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            copo.main([str(argument) for argument in arguments])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert "no groups of step 3" in refused("--groups", saved, "--step", 3)
+    assert "nowhere" in refused("--groups", saved.parent / "nowhere")
+    assert "directory" in refused("--groups", saved.parent)
+    saved.write_text(saved.read_text() + '{"step": 3, "cor')  # a run that is being written, or was killed
+    copo.main(["--groups", str(saved)])
+    assert "5 groups" in capsys.readouterr().out
+    saved.write_bytes(b"\xff\xfe\n")
+    assert f"{saved}:1: not a group" in refused("--groups", saved)
+
+
+def test_lab_plot(saved, capsys, monkeypatch):
+    picture = saved.parent / "lab.png"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        copo.main(["--groups", str(saved), "--plot", str(picture)])
+    assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    copo.main(["--groups", str(saved), "--plot", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")

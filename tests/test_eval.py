@@ -3,7 +3,8 @@
 Bugs these tests guard against: "no answer" winning a vote; a tie broken by the order of the samples; a biased pass@k;
 an interval over samples where problems should be resampled; noise that depends on the batch, on --limit or on the order
 of the problems; a share of right answers that disagrees with the file written beside it; half a file after a failure;
-a traceback where a sentence would do.
+a traceback where a sentence would do; a comparison that pairs seeds or problems with others, sets half a run against a
+whole one, or counts a failed run.
 """
 
 import itertools
@@ -12,15 +13,28 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import eval as evaluation_module  # the name would hide the builtin
-from eval import bootstrap_interval, evaluate, main, maj_at_k, mean_at_k, metrics_per_problem, pass_at_k
+import train
+from eval import (
+    bootstrap_best_at_k,
+    bootstrap_interval,
+    bootstrap_maj_at_k,
+    evaluate,
+    main,
+    maj_at_k,
+    mean_at_k,
+    metrics_per_problem,
+    pass_at_k,
+)  # fmt: skip
 from reward import Problem, Verifier, load_problems
 from sampler import Samples
 
@@ -319,6 +333,7 @@ def refused(capsys, arguments):
         (["--rollout-batch", -1], "--rollout-batch is -1"),
         (["--greedy", "--k", 4], "--greedy has one response"),
         (["--greedy", "--top-p", 0.5], "--greedy has one response"),
+        (["--greedy", "--authors-metrics"], "--authors-metrics needs --k"),
         (["--device", "tpu"], "--device: invalid choice"),
         (["--dtype", "float16"], "--dtype: invalid choice"),
         (["--temp", 1], "--temp"),  # no guessing at half a flag
@@ -404,3 +419,255 @@ def test_as_a_script(checkpoint, data):
     done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "pass@2" in done.stdout and "Traceback" not in done.stderr and " tokens" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ authors' bootstrap
+
+
+def test_bootstrap_metrics_are_verls_to_the_digit():
+    """The definition written out as a loop: numpy's old generator, one seed for every problem, first of a tie wins."""
+    right = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
+    classes = np.array([[2, 0, 0, 2, -1], [-1, -1, 4, 4, 4], [0, 0, 0, 0, 0]])
+    for k in (2, 3, 5):
+        maj, best = [], []
+        for row, labels in zip(right, classes):
+            np.random.seed(42)
+            votes, hits = [], []
+            for _ in range(1000):
+                drawn = np.random.choice(5, size=k, replace=True)
+                winner = Counter(labels[drawn].tolist()).most_common(1)[0][0]  # in the order of first sight
+                votes.append(row[list(labels).index(winner)])
+                hits.append(row[drawn].any())
+            maj.append(np.mean(votes))
+            best.append(np.mean(hits))
+        assert bootstrap_maj_at_k(right, classes, k).tolist() == maj
+        assert bootstrap_best_at_k(right, k).tolist() == best
+
+
+def test_bootstrap_metrics_by_hand():
+    # Two samples, one right. Drawn with replacement, two hold a right one with chance 3/4 (without: always), and the
+    # vote is right where the right one is drawn first: 1/2, up to the noise of 1,000 draws (3 standard errors: .047)
+    right, classes = [[True, False]], [[0, 1]]
+    assert bootstrap_best_at_k(right, 2)[0] == pytest.approx(3 / 4, abs=0.041)
+    assert bootstrap_maj_at_k(right, classes, 2)[0] == pytest.approx(1 / 2, abs=0.047)
+    assert pass_at_k(right, 2)[0] == 1
+    # one right and three silent: silence loses a tie half the time, and to three or four; exact maj@4 says 1
+    chance = sum(math.comb(4, c) * 0.25**c * 0.75 ** (4 - c) * (1 if c > 2 else 0.5 if c == 2 else 0) for c in range(5))
+    assert chance == pytest.approx(0.15625)
+    silent = [[0, -1, -1, -1]]
+    assert bootstrap_maj_at_k([[1, 0, 0, 0]], silent, 4)[0] == pytest.approx(chance, abs=0.035)
+    assert maj_at_k(np.array([[1, 0, 0, 0]], bool), np.array(silent))[0] == 1
+    for value in (0, 1):  # no noise where there is no doubt
+        assert bootstrap_maj_at_k([[value] * 4], [[0] * 4], 3)[0] == value == bootstrap_best_at_k([[value] * 4], 3)[0]
+
+
+def test_authors_metrics_are_printed_beside_ours(capsys, checkpoint, data):
+    text = run(capsys, checkpoint, data, "--k", 4)
+    more = run(capsys, checkpoint, data, "--k", 4, "--authors-metrics")
+    lines = [line.split() for line in more.splitlines() if line.startswith("bootstrap")]
+    assert "bootstrap maj" not in text and "authors" in more and "with replacement" in more
+    assert [(words[1], words[4]) for words in lines] == [("maj@2", "best@2"), ("maj@4", "best@4")]
+    table = [[line for line in out.splitlines() if line.startswith(("mean@", "maj@", "pass@"))] for out in (text, more)]
+    assert table[0] == table[1]
+
+
+# ------------------------------------------------------------------------------------------------ --compare
+
+FLAGS_OF_A_RUN = {
+    "algo": "copo", "blend": "soft-zero", "gamma": 5.0, "seed": 0, "steps": 20, "micro_tokens": 64,
+    "data": "/here/data/train.jsonl", "eval_data": "/here/data/test.jsonl", "run_dir": "x",
+}  # fmt: skip
+
+
+def fake_run(path, evaluations, metrics, **flags):
+    """A run's files: evaluations {step: (per problem, per problem of the vote)}, metrics [(step, tokens, ...)]."""
+    path.mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps({"flags": FLAGS_OF_A_RUN | {"run_dir": str(path)} | flags}))
+    names = ("step", "tokens", "seconds", "mixed", "zero_gradient_groups", "wrong_pushed_up")
+    lines = [dict(zip(names, row)) | {"loss": 0.1, "prompts_trained": 4} for row in metrics]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"step": s, "k": 2, "per_problem": p, "per_problem_maj": m} for s, (p, m) in evaluations.items()]
+    (path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def three_runs(tmp_path):
+    """copo with seeds 0 and 1; grpo with seed 0, which stopped half way."""
+    fake_run(
+        tmp_path / "copo-0",
+        {0: ([0, 0, 0.5, 0.5], [0] * 4), 10: ([1, 1, 0.5, 0.5], [1, 1, 0, 0.5]),
+         20: ([1, 0.5, 0.5, 0], [1, 0.5, 0, 0])},
+        [(1, 100, 2.0, 0.5, 0.0, 0.1), (20, 300, 3.0, 0.25, 0.5, 0.3)],
+    )  # fmt: skip
+    fake_run(
+        tmp_path / "copo-1",
+        {0: ([0] * 4, [0] * 4), 10: ([0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]), 20: ([1, 1, 1, 0], [1, 1, 1, 0])},
+        [(20, 500, 7.0, 0.5, 0.0, 0.4)], seed=1, data="/there/data/train.jsonl", micro_tokens=99,
+    )  # fmt: skip
+    fake_run(
+        tmp_path / "grpo-0",
+        {0: ([0, 0, 0.5, 0.5], [0, 0, 0, 1]), 10: ([0.5] * 4, [0, 0, 0, 1])},
+        [(1, 60, 1.0, 0.5, 0.5, 0.0), (12, 900, 9.0, 0.0, 1.0, 0.0)], algo="grpo", blend="local",
+    )  # fmt: skip
+    return tmp_path
+
+
+def compared(capsys, tmp_path, *arguments):
+    main(["--compare", *map(str, arguments), "--json", str(tmp_path / "out.json")])
+    report = json.loads((tmp_path / "out.json").read_text())
+    figures = {(row["configuration"], row["figure"]): row for row in report["figures"]}
+    return capsys.readouterr().out, report, figures
+
+
+def test_three_runs_by_hand(capsys, three_runs):
+    paths = three_runs / "*-0", three_runs / "copo-1"
+    text, report, figures = compared(capsys, three_runs, *paths, "--baseline", "grpo")
+    assert report["flags"] == {
+        "copo": {"algo": "copo", "blend": "soft-zero"}, "grpo": {"algo": "grpo", "blend": "local"}
+    }  # fmt: skip
+    assert (report["problems"], report["baseline"], report["failed"]) == (4, "grpo", {})
+    assert [(r["seed"], r["step"], r["of"]) for r in report["runs"]["copo"]] == [(0, 20, 20), (1, 20, 20)]
+    assert "0 (unfinished: step 10 of 20)" in text and "One seed, so over problems only" in text
+    # copo, seeds 0 and 1, by hand. Curves of seed 0 by problem, steps 0 10 20: 0 1 1, 0 1 ½, ½ ½ ½, ½ ½ 0; trapezoids
+    # over 20 steps: .75, .625, .5, .375. Of seed 1: 0 ½ 1, 0 ½ 1, 0 0 1, 0 0 0: .5, .5, .25, 0. Seed 0 is best at 10.
+    by_hand = {
+        "mean@2, last step": (0.5, 0.75), "mean@2, best step": (0.75, 0.75), "maj@2, last step": (0.375, 0.75),
+        "maj@2, best step": (0.625, 0.75), "mean@2, area under the curve": (0.5625, 0.3125),
+        "tokens sampled": (300, 500), "seconds": (5, 7), "groups of equal verdicts": (0.625, 0.5),
+        "groups without gradient": (0.25, 0), "wrong responses pushed up": (0.2, 0.4),
+    }  # fmt: skip
+    assert list(by_hand) == list(dict.fromkeys(row["figure"] for row in report["figures"]))
+    for name, runs in by_hand.items():
+        assert figures["copo", name]["runs"] == pytest.approx(runs)
+        assert figures["copo", name]["mean"] == pytest.approx(sum(runs) / 2)
+    # grpo: its line of step 12 lies beyond its last evaluation and counts nowhere
+    by_hand = (0.5, 0.5, 0.25, 0.25, 0.375, 60, 1, 0.5, 0.5, 0)
+    assert [row["mean"] for row in report["figures"] if row["configuration"] == "grpo"] == pytest.approx(by_hand)
+    # Differences: of seed 0 alone, and up to step 10 alone, where both are. copo-0 there: mean ¾, maj ⅝, area ½, its
+    # first line of metrics.
+    by_hand = (0.25, 0.25, 0.375, 0.375, 0.125, 40, 1, 0, -0.5, 0.1)
+    found = [row["difference"]["mean"] for row in report["figures"] if row["configuration"] == "copo"]
+    assert found == pytest.approx(by_hand)
+    assert all(row["difference"] is None for row in report["figures"] if row["configuration"] == "grpo")
+    # Intervals. Two seeds, one figure each: both bounds are drawn with chance ¼. One seed and ½ ½ 0 0 over problems: a
+    # sixteenth for 0, another for ½. One seed, one figure: none.
+    # Two seeds and four problems, all 4 · 256 draws: 1.2 % are below 3/16, 2.7 % at most 3/16; 8.2 % are 1.
+    assert figures["copo", "mean@2, last step"]["interval"] == [3 / 16, 1]
+    assert figures["copo", "tokens sampled"]["interval"] == [300, 500]
+    assert figures["copo", "mean@2, last step"]["difference"]["interval"] == [0, 0.5]
+    assert figures["copo", "tokens sampled"]["difference"]["interval"] is None
+    assert figures["grpo", "seconds"]["interval"] is None
+    assert figures["grpo", "mean@2, last step"]["interval"] == [0.5, 0.5]
+    # The table says what the file says.
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["mean@2, last step", "copo", "62.5% [18.8%, 100.0%]", "+25.0% [+0.0%, +50.0%]"] in rows
+    assert ["tokens sampled", "copo", "400 [300, 500]", "+40"] in rows
+    assert ["groups without gradient", "copo", "12.5% [0.0%, 25.0%]", "-50.0%"] in rows
+    assert "chosen on these same problems" in text and "10 differences" in text
+
+
+def test_interval_over_seeds_then_problems_is_the_exact_one(capsys):
+    """Against all 4 draws of two seeds times all 27 draws of three problems, which are the same for both seeds."""
+    values = np.array([[0.0, 0.2, 0.9], [0.5, 0.4, 1.0]])
+    means = [
+        values[np.ix_(seeds, problems)].mean()
+        for seeds in itertools.product(range(2), repeat=2) for problems in itertools.product(range(3), repeat=3)
+    ]  # fmt: skip
+    exact = np.quantile(means, [0.1, 0.9], method="inverted_cdf")
+    assert bootstrap_interval(values, level=0.8, resamples=40_000) == pytest.approx(exact, abs=1e-9)
+    assert bootstrap_interval(values[:1]) == bootstrap_interval(values[0])  # one seed: over problems
+
+
+def test_a_marked_difference_excludes_zero(capsys, tmp_path):
+    for seed in range(3):
+        for algo, value in (("copo", 0.75), ("grpo", 0.5)):
+            pair = ([value] * 4, [value, 0.5, 0.5, 0.5])
+            fake_run(tmp_path / f"{algo}{seed}", {0: pair}, [], algo=algo, seed=seed, steps=0)
+    text, _, figures = compared(capsys, tmp_path, tmp_path / "*o[0-2]", "--baseline", tmp_path / "grpo1")
+    assert "+25.0% [+25.0%, +25.0%] *" in text
+    assert figures["copo", "maj@2, last step"]["difference"]["interval"][0] == 0  # a problem may be drawn never
+    assert "tokens sampled" not in text and "unfinished" not in text
+
+
+def test_configurations_are_named_by_what_sets_them_apart(capsys, three_runs):
+    curve = {0: ([0] * 4, [0] * 4)}
+    fake_run(three_runs / "soft", curve, [], blend="soft", gamma=20.0)
+    text, report, _ = compared(capsys, three_runs, three_runs / "*")
+    assert list(report["flags"]) == ["copo blend=soft-zero gamma=5.0", "grpo", "copo blend=soft gamma=20.0"]
+    assert report["baseline"] is None and "minus" not in text and "Differences" not in text
+    assert report["flags"]["grpo"] == {"algo": "grpo", "blend": "local", "gamma": 5.0}
+    fake_run(three_runs / "newer", curve, [], algo="dapo", blend="local", kl_coef=0.5)  # a flag that the others lack
+    text, report, _ = compared(capsys, three_runs, three_runs / "*")
+    assert report["flags"]["dapo"]["kl_coef"] == 0.5 and report["flags"]["grpo"]["kl_coef"] is None
+    assert len({line.count("|") for line in text.split("\n\n")[0].splitlines()}) == 1
+    fake_run(three_runs / "again", curve, [], seed=1, save_every=3)
+    assert "copo-1" in refused(capsys, ["--compare", three_runs / "*"])  # the same seed of the same configuration
+
+
+def test_flags_of_speed_make_no_configuration():
+    """What may change on resume without a word, lengths apart, tells no configurations; new flags of that kind too."""
+    ours, known = evaluation_module.NOT_A_CONFIGURATION, set(vars(train.flags().parse_args([])))
+    assert ours.issubset(known) and ours.issuperset(train.NOT_THE_RUN - {"steps", "eval_every"})
+
+
+def test_failed_runs_are_listed_and_unfinished_ones_count(capsys, three_runs):
+    runs = three_runs / "bad"
+    (runs / "empty").mkdir(parents=True)
+    fake_run(runs / "killed-in-warm-start", {}, [])
+    fake_run(runs / "diverged", {0: ([0] * 4, [0] * 4)}, [(7, 1, 1.0, 0.5, 0.0, 0.0)])
+    line = json.loads((runs / "diverged/metrics.jsonl").read_text())
+    (runs / "diverged/metrics.jsonl").write_text(json.dumps(line | {"loss": None}) + "\n")
+    fake_run(runs / "damaged", {0: ([0] * 4, [0] * 4)}, [])
+    (runs / "damaged/eval.jsonl").write_text('{"step": 0,\n{"step": 1}\n')
+    fake_run(runs / "older", {1: ([0] * 4, [0] * 4)}, [])
+    (runs / "older/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    fake_run(runs / "changed", {1: ([0] * 4, [0] * 4)}, [])
+    about = json.loads((runs / "changed/run.json").read_text())
+    about["resumed"] = [{"step": 0, "changed": {}}, {"step": 1, "changed": {"gamma": [1.0, 5.0]}}]
+    (runs / "changed/run.json").write_text(json.dumps(about))
+    with open(three_runs / "copo-1/eval.jsonl", "a") as file:
+        file.write('{"step": 30, "k":')  # killed while writing: the line before counts
+    text, report, _ = compared(capsys, three_runs, three_runs / "copo-*", runs / "*")
+    reasons = {path.split("/")[-1]: reason for path, reason in report["failed"].items()}
+    assert reasons.keys() == {"empty", "killed-in-warm-start", "diverged", "damaged", "older", "changed"}
+    assert "resumed with another gamma" in reasons["changed"]
+    assert "run.json" in reasons["empty"] and "no evaluation" in reasons["killed-in-warm-start"]
+    assert "step, 7, was finite" in reasons["diverged"] and "unreadable: JSONDecodeError" in reasons["damaged"]
+    assert "'tokens'" in reasons["older"]
+    assert text.count("failed, and in no figure") == 6 and len(report["runs"]["copo"]) == 2
+
+
+def test_a_real_run_is_read(capsys, tmp_path, monkeypatch):
+    """The field names are those that train.py writes: runs made here and now show every figure."""
+    monkeypatch.setattr(train, "Verifier", tiny_runs.Judge)
+    runs = tiny_runs.Runs(tmp_path)
+    for algo in ("copo", "grpo"):
+        train.main(runs.argv(algo=algo, run_dir=tmp_path / algo))
+    _, report, figures = compared(capsys, tmp_path, tmp_path / "copo", tmp_path / "grpo", "--baseline", "copo")
+    assert report["failed"] == {} and list(report["flags"]) == ["copo", "grpo"] and len(figures) == 20
+    assert [flag for flag, value in report["flags"]["grpo"].items()] == ["algo", "blend"]
+
+
+def test_plot_of_curves(capsys, three_runs, monkeypatch):
+    arguments = [three_runs / "*o-?", "--plot", three_runs / "curves.png"]
+    monkeypatch.setattr(evaluation_module, "find_spec", lambda name: None)
+    assert "pip install matplotlib" in refused(capsys, ["--compare", *arguments])
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    compared(capsys, three_runs, *arguments)
+    assert (three_runs / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_comparisons_end_in_one_line(capsys, three_runs):
+    def message(*arguments):
+        return refused(capsys, ["--compare", *arguments])
+
+    assert "no such directory" in message(three_runs / "nowhere*")
+    assert "--compare" in message()
+    assert "--model" in message(three_runs / "copo-0", "--model", "x")
+    assert "--baseline dapo is neither" in message(three_runs / "*", "--baseline", "dapo")
+    (three_runs / "nothing").mkdir()
+    assert "nothing to compare" in message(three_runs / "nothing")
+    assert "json" in message(three_runs / "copo-0", "--json", three_runs / "no" / "where.json")
+    fake_run(three_runs / "other", {0: ([0], [0])}, [], algo="dapo")
+    assert "different things, (k, problems, file): [(2, 1, 'test.jsonl'), (2, 4" in message(three_runs / "*")
