@@ -379,7 +379,7 @@ def print_authors_metrics(evaluation):
 NOT_A_CONFIGURATION = {
     "seed", "run_dir", "resume", "device", "keep", "save_every", "export_every", "export_dtype", "samples_every",
     "micro_tokens", "rollout_batch", "verifier_workers", "verifier_timeout", "verifier_memory", "timeout",
-    "activation_checkpointing", "cpu_offload", "free_sampler", "plan",
+    "activation_checkpointing", "cpu_offload", "free_sampler", "compile", "plan",
 }  # fmt: skip
 TrainedRun = namedtuple("TrainedRun", "path flags evaluations metrics")  # evaluations by step; metrics: a line a step
 

@@ -33,7 +33,7 @@ LONG = {
     "python eval.py --model runs/mine/model": "needs the run above it",
     "python eval.py --model runs/lab/copo-0/model": "17 seconds, after the run",
     "python train.py --run-dir runs/mine": "needs the run above it",
-    "torchrun": "never run: several GPUs",
+    "torchrun": "never run as printed: several GPUs; tests/test_train_ranks.py runs the like on CPUs",
     "python train.py --seed": "3.8 minutes on two cores (README)",
     "python train.py --steps 0 --run-dir runs/lab/warm": "4.2 minutes",
     'python train.py "${LAB[@]}"': "half a minute each, after the warm start",
