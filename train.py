@@ -800,23 +800,25 @@ def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=
         part = rows[part]
         with run.clock("forward"):
             logprobs, entropy = run.model.score(ids, prompt_lengths, lengths, args.temperature)
-        width = logprobs.shape[1]
-        mask = torch.arange(width, device=args.device) < lengths[:, None]
-        old = logprobs.detach() if old_logprobs is None else old_logprobs[part, :width].to(logprobs)
-        loss, metrics = copo.copo_loss(
-            logprobs, old, mask, **{name: value[part].to(args.device) for name, value in per_row.items()},
-            global_coef=args.global_coef, clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
-            aggregation=args.aggregation, max_tokens=args.max_new_tokens, num_tokens=num_tokens,
-            num_sequences=num_sequences, kl_coef=args.kl_coef,
-            ref_logprobs=None if ref_logprobs is None else ref_logprobs[part, :width].to(logprobs),
-        )  # fmt: skip
+            width = logprobs.shape[1]
+            mask = torch.arange(width, device=args.device) < lengths[:, None]
+            old = logprobs.detach() if old_logprobs is None else old_logprobs[part, :width].to(logprobs)
+            loss, metrics = copo.copo_loss(
+                logprobs, old, mask, **{name: value[part].to(args.device) for name, value in per_row.items()},
+                global_coef=args.global_coef, clip_low=args.clip_low, clip_high=args.clip_high,
+                dual_clip=args.dual_clip, aggregation=args.aggregation, max_tokens=args.max_new_tokens,
+                num_tokens=num_tokens, num_sequences=num_sequences, kl_coef=args.kl_coef,
+                ref_logprobs=None if ref_logprobs is None else ref_logprobs[part, :width].to(logprobs),
+            )  # fmt: skip
         with run.clock("backward"):
             (loss * world()).backward()  # sharded gradients are means over ranks, and ours is their sum
         loss_sum += float(loss.detach())
-        # Sampling and scoring are to agree up to rounding; where they do not, the sampler is not the policy.
-        difference = torch.where(mask, old - sampled[part, :width].to(old), 0.0).abs().double()
-        totals.peak("sampler_difference_max", difference.max() if width else 0.0)
-        metrics |= {"sampler_difference": (difference.sum(), mask.sum()), "token_entropy": (entropy.sum(), mask.sum())}
+        metrics["token_entropy"] = entropy.sum(), mask.sum()
+        if old_logprobs is None or args.old_logprobs == "recompute":
+            # Sampling and scoring are to agree up to rounding; where they do not, the sampler is not the policy.
+            difference = torch.where(mask, old - sampled[part, :width].to(old), 0.0).abs().double()
+            totals.peak("sampler_difference_max", difference.max() if width else 0.0)
+            metrics["sampler_difference"] = difference.sum(), mask.sum()
         metrics |= {f"{name}_{suffix}": metrics[name] for name in list(metrics) if "clip" in name for suffix in place}
         for name, (total, count) in metrics.items():
             totals.add(name, total, count)
