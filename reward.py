@@ -30,7 +30,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from functools import lru_cache, wraps
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ from sympy import Add, Integer, Mul, Pow, Rational, Symbol
 # Limits count work. Beyond them an answer is text, equal only to the same text.
 MAX_RESPONSE = 100_000  # characters of a response that are read, from its end
 MAX_ANSWER = 2_000  # characters (the longest answer of MATH has about 300)
-MAX_TOKENS, MAX_DEPTH, MAX_STEPS = 500, 160, 5_000  # of the parser; a pair of brackets takes four levels of depth
+MAX_TOKENS, MAX_DEPTH, MAX_STEPS = 500, 40, 5_000  # of the parser; it may read a token more than once
 MAX_LEAVES = 64  # values of a list, set or matrix (comparing two takes the square of it)
 MAX_BITS = 40_000  # of a number that is computed exactly (2004! has 19,000)
 MAX_WORK = 40_000  # of one numeric evaluation, see value_at; below 0.1 s
@@ -267,6 +267,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=[)\]}])\s*U\s*(?=[(\[\\])", r"\\cup "),
     (r"(?<!\\)\bin\b(?=\s*[(\[{\\])", " ∈ "),
     (r"\blog(\d+)\(", r"log_{\1}("),
+    (r"\b(?:square|sq\.?) ([A-Za-z]+)", r"\1^2"),  # square feet
 )]  # fmt: skip
 
 
@@ -330,7 +331,8 @@ UNITS = {alias: names.split()[0] for names in str.split((  # every spelling -> t
     "cm centimeter centimetre;mm millimeter millimetre;km kilometer kilometre;m meter metre;ft foot feet;in inch inche;"
     "yd yard;mi mile;kg kilogram;g gram;mg milligram;lb pound;oz ounce;s sec second;min minute;h hr hour;day;week;"
     "month;mol;mph;year yr;L l liter litre;mL ml milliliter;dollar usd buck;cent;deg degree;rad radian;gallon;"
-    "% percent pct percentage;sq square;cubic"), ";") for alias in names.split()}  # fmt: skip
+    "% percent pct percentage"), ";") for alias in names.split()}  # fmt: skip
+UNIT_SIGNS = {"^", "/", "*", "2", "3", "{", "}"}
 
 
 def unit_name(word: str) -> str | None:
@@ -505,14 +507,13 @@ def tree(value):
     return value
 
 
-def times(left, right):
-    """A product; a number times a matrix is a matrix."""
-    if is_kind(right, "matrix"):
-        left, right = right, left
-    if is_kind(left, "matrix"):
-        return Seq("matrix", tuple(times(item, right) for item in left.items))
-    product = multiply(tree(left), tree(right))
-    return Leaf(product) if isinstance(left, Leaf) else product
+def product(factors: list):
+    """Of numbers; of numbers and one matrix, entry by entry."""
+    matrix = next((factor for factor in factors if is_kind(factor, "matrix")), None)
+    if matrix is None:
+        return multiply(*map(tree, factors))
+    others = [factor for factor in factors if factor is not matrix]
+    return Seq("matrix", tuple(Leaf(tree(item)) if isinstance(item := product([entry, *others]), sympy.Expr) else item for entry in matrix.items))
 
 
 # -- the parser, one method a level: items > relation > union > leaf > sum > term > factor > atom ----------------------
@@ -520,27 +521,12 @@ RELATIONS = {"=", "~", "<", "<=", ">", ">=", "!=", "∈"}
 TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 SEPARATORS = RELATIONS | {",", ";", "and", "or"}
 BRACKETS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "set{": ("set}",)}  # each with what may close it
-CLOSING = {")", "]", "}", "set}"}
+PAIRS = {"|": ("|", "Abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-UNIT_SIGNS = {"^", "/", "*", "2", "3", "{", "}"}
 ARGUMENT = r"\([A-Za-z0-9_,]{1,40}\)"
 NAME = re.compile(rf"[A-Za-z]+(?:_[A-Za-z0-9]+)?'*(?:\^-1)?(?:{ARGUMENT})?|{ARGUMENT}")  # x_1, f(x), (x,y)
 EVENT = re.compile(r"[A-Z]\([^()]{1,40}\)")  # P(X = 2)
-
-
-def bounded(level):
-    """One level of the grammar, within the bounds on depth and steps."""
-
-    @wraps(level)
-    def within(parser, *arguments):
-        parser.depth, parser.steps = parser.depth + 1, parser.steps + 1
-        if parser.depth > MAX_DEPTH or parser.steps > MAX_STEPS:
-            raise Unparsed("too deep" if parser.depth > MAX_DEPTH else "too long")
-        value = level(parser, *arguments)
-        parser.depth -= 1
-        return value
-
-    return within
+REAL_LINE = Seq("()", (Leaf(negative(sympy.oo)), Leaf(sympy.oo)))
 
 
 class Parser:
@@ -549,7 +535,7 @@ class Parser:
         self.depth = self.steps = 0
         self.sign, self.two_signs = 1, False  # which of the two values of ± is being read, and whether there is a ±
         self.unit, self.operations = "", 0  # of the leaf being read; operations left to calculate, so far
-        self.bars = 0  # 1 where | closes an absolute value
+        self.bars = 0  # 1 where | closes something
         self.bound: dict[str, Integer] = {}  # summation variables
 
     @property
@@ -561,15 +547,14 @@ class Parser:
         return self.tokens[self.at].kind
 
     def next(self) -> Token:
-        if self.kind == "end":  # never read on from here: a loop over tokens would not stop
-            raise Unparsed("ends too early")
+        self.steps += 1
+        if self.kind == "end" or self.steps > MAX_STEPS:  # a loop over tokens stops here
+            raise Unparsed("ends too early" if self.kind == "end" else "too long")
         self.at += 1
         return self.tokens[self.at - 1]
 
     def accept(self, *texts: str) -> bool:
-        found = self.coming in texts and self.kind != "end"
-        self.at += found
-        return found
+        return self.coming in texts and self.kind != "end" and bool(self.next())
 
     def expect(self, *texts: str) -> None:
         for text in texts:
@@ -583,7 +568,7 @@ class Parser:
         return items[0] if len(items) == 1 else Seq("list", tuple(items))
 
     def items(self) -> list:
-        r"""Values separated by commas, semicolons, "and" or "or"; one with ± is read twice: "1 \pm 2, 5" -> 3, -1, 5."""
+        r"""Values separated by commas, semicolons, "and" or "or"; one with ± is read twice: 1 \pm 2, 5 -> 3, -1, 5."""
         values, saved = [], (self.sign, self.two_signs)
         while not values or self.accept(",", ";", "and", "or"):
             while values and self.accept("and", "or"):
@@ -596,7 +581,6 @@ class Parser:
         self.sign, self.two_signs = saved
         return values
 
-    @bounded
     def relation(self):
         """A value, or a chain of them: "x = 5", "Area = 5", "3 > x > 1" as "1 < x < 3", "1/3 ~ 0.33" as 1/3."""
         sides, names, ops = [], [], []
@@ -615,31 +599,26 @@ class Parser:
         return Relation(tuple(sides), tuple(ops), tuple(names)) if ops else sides[0]
 
     def name_ahead(self) -> tuple[str, int]:
-        """(spelling of the coming side if it only names something, its length if it is in words and followed by =)."""
+        r"""(the spelling of a side that only names something: x_1, f(x), (x,y), \cos A, else ""; how many tokens of it
+        to skip, if it is words or an event before "=": Area = 5, P(X=2) = 1/4)."""
         depth, end = 0, self.at
         while (token := self.tokens[end]).kind != "end" and depth >= 0 and (depth or token.text not in SEPARATORS):
-            depth += (token.text in BRACKETS) - (token.text in CLOSING)
+            depth += (token.text in BRACKETS) - (token.text in (")", "]", "}", "set}"))
             end += 1
         side = self.tokens[self.at : end]
         spelling = "".join(part.text for part in side if part.text not in "{}")
-        kinds = {part.kind for part in side}
-        known = [part.text for part in side if part.text in FUNCTIONS or part.text in CONSTANTS]
-        words = bool(kinds & {"text", "command"})
-        event = EVENT.fullmatch(spelling) and not NAME.fullmatch(spelling)
-        if token.text in ("=", "~") and (event or (words and "number" not in kinds)):
+        kinds, named = {part.kind for part in side}, NAME.fullmatch(spelling)
+        words = not kinds.isdisjoint(("text", "command"))
+        if token.text in ("=", "~") and (words and "number" not in kinds or EVENT.fullmatch(spelling) and not named):
             return spelling, len(side)
-        angle = len(side) == 2 and side[1].kind == "name"  # cos A
-        return (spelling if NAME.fullmatch(spelling) and not words and (not known or angle) else ""), 0
+        known = any(part.text in FUNCTIONS or part.text in CONSTANTS for part in side)
+        cos_a = len(side) == 2 and side[1].kind == "name"
+        return (spelling if named and not words and (not known or cos_a) else ""), 0
 
     def union(self):
         pieces = [self.leaf()]
         while self.accept("cup"):
             pieces.append(self.leaf())
-        if self.accept("setminus"):
-            points = self.leaf()
-            if pieces != [REAL_LINE] or not is_kind(points, "set") or not all(map(is_rational, points.items)):
-                raise Unparsed("a difference of sets")
-            return complement(points.items)
         return Seq("union", tuple(pieces)) if len(pieces) > 1 else pieces[0]
 
     def leaf(self):
@@ -652,37 +631,33 @@ class Parser:
             return " ".join(token.text.casefold() for token in self.tokens[start : self.at])
         value = self.sum()
         if isinstance(value, sympy.Expr):
-            if self.coming in SCALES:
+            if self.coming in SCALES:  # 2 million
                 value = multiply(value, Integer(10) ** SCALES[self.next().text])
             self.unit_tail(bool(value.free_symbols))
-            approximate = any(token.kind == "number" and is_decimal(token.text) for token in self.tokens[start : self.at])
+            approximate = any(is_decimal(token) for token in self.tokens[start : self.at])
             value = Leaf(value, approximate, self.unit, self.operations - before < 2)
         self.unit = outer
         return value
 
     def unit_tail(self, symbolic: bool) -> None:
-        r"""What follows a number: 5 cm, 64 square feet, 3 \text{m/s}^2, 33 pct; other words (42 apples) are dropped."""
-        if self.accept("%"):
-            self.unit = "%"
-        words, start = [], self.at
+        r"""What follows a number: 33 pct, 5 cm, 3 \text{m/s}^2, 64 ft^2; other words (42 apples) are dropped."""
+        words, start = ["%"] if self.accept("%") else [], self.at
         while self.kind == "text" or (words and (self.kind == "name" or self.coming in UNIT_SIGNS)):
             if self.coming in SEPARATORS or (self.coming == "}" and "{" not in words):
                 break
             words.append(self.next().text)
         units = [word if word in UNIT_SIGNS else unit_name(word) for word in words]
-        if None in units and (symbolic or any(token.kind == "name" for token in self.tokens[start : self.at])):
+        if None not in units:
+            self.unit = re.sub("[{}]", "", "".join(units)) or self.unit
+        elif symbolic or any(token.kind == "name" for token in self.tokens[start : self.at]):
             raise Unparsed("words after a formula")
-        if words and None not in units:
-            scale = {"sq": "^2", "cubic": "^3"}.get(units[0], "")
-            self.unit = re.sub("[{}]", "", "".join(units[bool(scale) :])) + scale
 
-    @bounded
     def sum(self):
         terms = []
         while not terms or self.coming in ("+", "-", "pm", "mp"):
             self.operations += 2 * bool(terms)
             sign, term = self.signs(), self.term()
-            terms.append(term if sign > 0 else times(Integer(-1), term))
+            terms.append(term if sign > 0 else product([term, Integer(-1)]))
         return terms[0] if len(terms) == 1 else add(*map(tree, terms))
 
     def signs(self) -> int:
@@ -694,31 +669,32 @@ class Parser:
         return sign
 
     def term(self):
-        value = self.factor()
+        """A product or quotient: "2x/3 y" is 2, x, 1/3, y."""
+        factors = [self.factor()]
         while True:
             op = self.coming if self.kind == "op" and self.coming in ("*", "/", ":" if not self.bars else "/") else ""
             if not op and not self.starts_factor():
-                return value
+                return factors[0] if len(factors) == 1 else product(factors)
             if not op and self.kind == self.tokens[self.at - 1].kind == "number":
                 raise Unparsed("two numbers side by side")
             self.at += bool(op)
             scientific = op == "*" and self.coming == "10" and self.tokens[self.at + 1].text == "^"
-            sign, right = self.signs() if op else 1, self.factor()
-            right = times(Integer(-1), right) if sign < 0 else right
+            sign, right = Integer(self.signs() if op else 1), self.factor()
             if op in ("/", ":"):
                 self.operations += 1
-                value = divide(tree(value), tree(right))
+                right = divide(sign, tree(right))
             else:  # a product of numbers is something left to calculate; 3 × 10^5 and 2π are not
-                self.operations += 2 * (is_rational(value) and is_rational(right) and not scientific)
-                value = times(value, right)
+                self.operations += 2 * (is_rational(right) and any(map(is_rational, factors)) and not scientific)
+                right = right if sign > 0 else product([right, sign])
+            factors.append(right)
 
     def starts_factor(self) -> bool:
         kind, text = self.tokens[self.at]
-        return kind in ("number", "name") or (kind == "op" and (
-            text in PREFIXES or text in ("(", "[", "{", "|"[self.bars :]) or text.startswith("begin{")))  # fmt: skip
+        opens = text in PREFIXES or text in ("(", "[", "{", "|"[self.bars :]) or text.startswith("begin{")
+        return kind in ("number", "name") or (kind == "op" and opens)
 
-    @bounded
     def factor(self):
+        """An atom with its powers, factorials and degrees: x^2, n!, 30°."""
         value = self.atom()
         while self.kind == "op" and self.coming in ("^", "°", "!"):
             op = self.next().text
@@ -730,33 +706,44 @@ class Parser:
                 self.unit = "deg"
         return value
 
-    @bounded
     def exponent(self):
         """What follows ^: one signed atom, itself perhaps raised (right to left)."""
+        self.depth += 1
         sign, value = self.signs(), tree(self.atom())
         if self.accept("^"):
             value = power(value, self.exponent())
+        self.depth -= 1
         return value if sign > 0 else negative(value)
 
-    @bounded
     def atom(self):
-        kind, text = self.next()
+        """The smallest value. Every recursion of the parser passes here: this is where depth is bounded."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unparsed("too deep")
+        value = self.read(*self.next())
+        self.depth -= 1
+        return value
+
+    def read(self, kind: str, text: str):
         if kind == "number":
             self.operations += "frac" in text or "/" in text
             return self.in_base(text) if text.isdigit() and self.accept("_") else number(text)
         if kind == "name":
-            if text in self.bound:
-                return self.bound[text]
             return self.function(text) if text in FUNCTIONS else self.symbol(text)
         if text in BRACKETS:
             return self.group(text)
-        if text in PAIRS:
-            return self.pair(text)
         if text in ("frac", "binom"):
             top, bottom = self.digit_or_atom(), self.digit_or_atom()
             self.operations += text == "frac"
             return divide(top, bottom) if text == "frac" else apply("binomial", top, bottom)
-        if text == "emptyset" or text == "ℝ":
+        if text in PAIRS:  # |x|, floor and ceiling
+            closing, name = PAIRS[text]
+            outer, self.bars = self.bars, int(text == "|")
+            value = apply(name, tree(self.sum()))
+            self.expect(closing)
+            self.bars = outer
+            return value
+        if text in ("emptyset", "ℝ"):
             return REAL_LINE if text == "ℝ" else Seq("set", ())
         if text in ("sum", "prod"):
             return self.series(add if text == "sum" else multiply)
@@ -771,19 +758,10 @@ class Parser:
             raise Unparsed("not a number in that base")
         return Integer(int(digits, int(base)))
 
-    def pair(self, opening: str):
-        """|x|, floor and ceiling."""
-        closing, name = PAIRS[opening]
-        self.bars += opening == "|"
-        value = apply(name, tree(self.sum()))
-        self.expect(closing)
-        self.bars -= opening == "|"
-        return value
-
     def symbol(self, name: str):
         """A constant, a variable with its subscript and primes, or an undefined function f, g, h of arguments."""
-        if name in CONSTANTS and self.coming != "_":
-            return CONSTANTS[name]
+        if name in self.bound or (name in CONSTANTS and self.coming != "_"):
+            return self.bound.get(name, CONSTANTS.get(name))
         if self.accept("_"):
             part = [self.next()]
             while part[0].text == "{" and part[-1].text != "}":
@@ -811,17 +789,17 @@ class Parser:
             base = self.digit_or_atom() if self.coming != "10" else number(self.next().text)
         if name != "sqrt" and self.accept("^"):
             exponent = self.exponent()
-        if exponent == -1 and f"arc{name}" in FUNCTIONS:
-            name, exponent = f"arc{name}", None
+            if exponent == -1 and f"arc{name}" in FUNCTIONS:
+                name, exponent = f"arc{name}", None
         if self.coming in ("(", "{"):
             values = self.arguments()
         elif name == "sqrt":
             values = [tree(self.atom())]
         else:
-            sign, value = self.signs(), tree(self.factor())
+            factors = [Integer(self.signs()), tree(self.factor())]
             while self.starts_factor() and self.coming not in FUNCTIONS | {"(", "["}:
-                value = multiply(value, tree(self.factor()))
-            values = [value if sign > 0 else negative(value)]
+                factors.append(tree(self.factor()))
+            values = [multiply(*factors)]
         if self.unit == "deg" and unit != "deg":
             values, self.unit = [divide(multiply(value, sympy.pi), Integer(180)) for value in values], unit
         result = root(values[0], index) if name == "sqrt" else apply(name, *values)
@@ -837,8 +815,8 @@ class Parser:
         return tree(self.atom())
 
     def group(self, opening: str):
-        """What stands in brackets: one value, or several."""
-        outer, self.bars = self.bars, int(opening == "set{")  # in {x | x > 0} the bar is no absolute value
+        """What stands in brackets: one value, or several; {x | x > 0} is what stands after the bar."""
+        outer, self.bars = self.bars, int(opening == "set{")
         items = [] if opening == "set{" and self.coming == "set}" else self.items()
         if opening == "set{" and self.accept("|", ":"):
             items = self.items()
@@ -858,19 +836,20 @@ class Parser:
         return items[0].expr
 
     def matrix(self, begin: str) -> Seq:
+        r"""\begin{pmatrix}1&2\\3&4\end{pmatrix}: a matrix of its rows; of one row or column: a vector of its entries."""
         rows: list[list] = [[]]
         while begin.endswith(("{matrix}", "pmatrix}", "bmatrix}", "array}")) and not self.coming.startswith("end{"):
-            rows[-1].append(self.union())
+            rows[-1].append(Leaf(tree(self.leaf())))
             if self.accept("row"):
                 rows += [] if self.coming.startswith("end{") else [[]]
             elif not self.accept("&") and not self.coming.startswith("end{"):
                 raise Unparsed("a matrix is not closed")
-        self.at += 1
-        even = rows[0] and len({*map(len, rows)}) == 1
-        if not even or not all(isinstance(cell, Leaf) for row in rows for cell in row):
+        self.next()
+        if not rows[0] or len({*map(len, rows)}) > 1:
             raise Unparsed("not a matrix")
-        vector = rows[0] if len(rows) == 1 else [row[0] for row in rows] if len(rows[0]) == 1 else None
-        return Seq("matrix", tuple(vector or (Seq("matrix", tuple(row)) for row in rows)))
+        if len(rows) == 1 or len(rows[0]) == 1:
+            return Seq("matrix", tuple(sum(rows, [])))
+        return Seq("matrix", tuple(Seq("matrix", tuple(row)) for row in rows))
 
     def series(self, combine):
         r"""\sum_{k=a}^{b} term with integers a and b: the term is read once for each k."""
@@ -890,13 +869,9 @@ class Parser:
         return combine(*values)
 
 
-PAIRS = {"|": ("|", "Abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
-REAL_LINE = Seq("()", (Leaf(negative(sympy.oo)), Leaf(sympy.oo)))
-
-
-def is_decimal(text: str) -> bool:
-    """0.33 was perhaps rounded; 2.0 and 0.\\overline{3} are exact."""
-    return "." in text and "\\" not in text and not number(text).is_Integer
+def is_decimal(token: Token) -> bool:
+    r"""0.33 was perhaps rounded; 2.0 and 0.\overline{3} are exact."""
+    return token.kind == "number" and "." in token.text and "\\" not in token.text and not number(token.text).is_Integer
 
 
 def complement(points) -> Seq:
@@ -1292,49 +1267,92 @@ class Group(NamedTuple):
 
 
 class Worker:
-    """One `python reward.py --worker`. Requests and replies are lines of JSON."""
+    """One `python reward.py --worker` after another: started when asked, killed and replaced when an answer exceeds a
+    limit, recycled against slow growth. Requests and replies are lines of JSON."""
 
-    def __init__(self, timeout: float, memory_mb: int):
-        command = [sys.executable, os.path.abspath(__file__), "--worker", *map(str, (os.getpid(), timeout, memory_mb))]
+    def __init__(self, timeout: float, memory_mb: int, failures: Counter):
+        self.timeout, self.memory_mb, self.failures = timeout, memory_mb, failures
+        self.process, self.pending, self.asked = None, b"", 0
+
+    def start(self) -> None:
+        limits = map(str, (os.getpid(), self.timeout, self.memory_mb))
+        command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self.timeout, self.pending, self.asked, self.poll = timeout, b"", 0, select.poll()
-        self.poll.register(self.process.stdout, select.POLLIN | select.POLLHUP)
+        self.pending, self.asked = b"", 0
         if self.read(120.0) != "ready":
             self.end()
             raise RuntimeError(f"a checker worker did not start: {' '.join(command)}")
 
-    def send(self, **request) -> None:
+    def ask(self, **request) -> None:
+        if self.asked > 20_000:
+            self.end()
+        if not self.process:
+            self.start()
         self.asked += 1
-        with contextlib.suppress(OSError):  # it died; read() says so
+        with contextlib.suppress(OSError):  # it died; reply() says so
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
 
-    def read(self, timeout: float | None = None):
-        """The next reply; None if the worker died or the time is over."""
-        deadline = time.monotonic() + (timeout or self.timeout)
+    def read(self, timeout: float):
+        """The next line; None if the process died or the time is over."""
+        deadline, stdout, poll = time.monotonic() + timeout, self.process.stdout.fileno(), select.poll()
+        poll.register(stdout, select.POLLIN)
         while b"\n" not in self.pending:
             left = deadline - time.monotonic()
-            chunk = os.read(self.process.stdout.fileno(), 1 << 16) if left > 0 and self.poll.poll(left * 1000) else b""
+            chunk = os.read(stdout, 1 << 16) if left > 0 and poll.poll(left * 1000) else b""
             if not chunk:
                 return None
             self.pending += chunk
         line, self.pending = self.pending.split(b"\n", 1)
         return json.loads(line)
 
+    def reply(self):
+        """The next reply; None where the answer exceeded a limit."""
+        reply = self.read(self.timeout)
+        if reply is None or reply == "memory":
+            self.failures[reply or self.end()] += 1
+        return None if reply == "memory" else reply
+
     def end(self) -> str:
         """Kill it and say what it had died of."""
-        died_of = "time"
+        if not (process := self.process):
+            return ""
+        died_of, self.process = "time", None
         with contextlib.suppress(subprocess.TimeoutExpired):  # a pipe closes a moment before its process is gone
-            died_of = "cpu" if self.process.wait(0.1) == -signal.SIGXCPU else "crash"
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close(), self.process.stdout.close()
+            died_of = "cpu" if process.wait(0.1) == -signal.SIGXCPU else "crash"
+        process.kill()
+        process.wait()
+        process.stdin.close(), process.stdout.close()
         return died_of
+
+    def judge(self, responses: list[str], reference: str, require_value: bool) -> Group:
+        """One group: each distinct response is sent once; the worker says [answer] and then the verdict for each."""
+        found: dict[str, tuple] = dict.fromkeys(responses)  # -> (answer, right, lost)
+        while rest := [text for text, entry in found.items() if entry is None]:
+            replies = [(after_thinking(text) or "")[-MAX_RESPONSE:] for text in rest]
+            self.ask(responses=replies, reference=reference, require_value=bool(require_value))
+            for text in rest:
+                answer = self.reply()
+                right = self.reply() if answer and self.process else None
+                found[text] = (answer and answer[0], bool(right), right is None)
+                if not self.process:
+                    break  # the next one sees what is left
+        wrong = list(dict.fromkeys(answer for answer, right, lost in found.values() if answer and not (right or lost)))
+        labels = wrong
+        if len(wrong) > 1:
+            self.ask(answers=wrong)
+            labels = self.reply() or wrong
+        label, numbers, classes = dict(zip(wrong, labels)), {}, []
+        for answer, right, _ in map(found.get, responses):  # an answer that was lost is classed by its spelling
+            key = (right, "" if right else label.get(answer, "".join((answer or "").split())))
+            classes.append(-1 if key == (False, "") else numbers.setdefault(key, len(numbers)))
+        answers, verdicts, lost = ([found[text][part] for text in responses] for part in range(3))
+        return Group(verdicts, classes, answers, lost)
 
 
 class Verifier:
     """A pool that judges groups of responses in order: `with Verifier(4) as pool: pool.check([[response, …], …],
-    [reference, …])`. No answer can hang, crash or exhaust the caller. Each thread owns one worker for life (Linux ends
+    [reference, …])`. No answer can hang, crash or exhaust the caller. Each thread owns one worker at a time (Linux ends
     a worker with the thread that started it). `timeout` (seconds an answer may take, on the wall and of CPU) and
     `memory_mb` are a last resort: the checker's own bounds stop work long before."""
 
@@ -1392,55 +1410,14 @@ class Verifier:
 
     def serve(self) -> None:
         """The life of a thread: jobs from the queue, for its own worker."""
-        worker: list[Worker] = []  # none or one
+        worker = Worker(self.timeout, self.memory_mb, self.failures)
         while (entry := self.jobs.get()) is not None:
             done, place, job = entry
             try:
-                done.put((place, self.judge(worker, *job)))
+                done.put((place, worker.judge(*job)))
             except Exception as error:  # belongs to the caller of check()
                 done.put((place, error))
-        for last in worker:
-            last.end()
-
-    def ask(self, worker: list, **request) -> Worker:
-        if worker and worker[0].asked > 20_000:  # recycled, against slow growth
-            worker.pop().end()
-        if not worker:
-            worker.append(Worker(self.timeout, self.memory_mb))
-        worker[0].send(**request)
-        return worker[0]
-
-    def reply(self, worker: list):
-        """The worker's reply; None where the answer exceeded a limit, and then the worker is gone."""
-        reply = worker[0].read()
-        if reply is None or reply == "memory":
-            self.failures[reply or worker.pop().end()] += 1
-        return None if reply == "memory" else reply
-
-    def judge(self, worker: list, responses, reference: str, require_value: bool) -> Group:
-        """One group: its distinct responses to one worker, which says [answer] and then the verdict for each."""
-        found: dict[str, tuple] = dict.fromkeys(responses)  # -> (answer, right, lost)
-        while rest := [text for text, entry in found.items() if entry is None]:
-            replies = [after_thinking(text) for text in rest]
-            replies = ["" if reply is None else reply[-MAX_RESPONSE:] for reply in replies]
-            self.ask(worker, responses=replies, reference=reference, require_value=bool(require_value))
-            for text in rest:
-                answer = self.reply(worker)
-                right = self.reply(worker) if answer and worker else None
-                found[text] = (answer and answer[0], bool(right), right is None)
-                if not worker:
-                    break  # the next one sees what is left
-        wrong = list(dict.fromkeys(answer for answer, right, lost in found.values() if answer and not (right or lost)))
-        labels = wrong
-        if len(wrong) > 1:
-            self.ask(worker, answers=wrong)
-            labels = self.reply(worker) or wrong
-        label, numbers = dict(zip(wrong, labels)), {}
-        answers, verdicts, lost = ([found[text][part] for text in responses] for part in range(3))
-        keys = [(right, "" if right else label.get(answer, re.sub(r"\s+", "", answer or "")))
-                for answer, right in zip(answers, verdicts)]  # fmt: skip
-        classes = [-1 if key == (False, "") else numbers.setdefault(key, len(numbers)) for key in keys]
-        return Group(verdicts, classes, answers, lost)
+        worker.end()
 
 
 def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:
