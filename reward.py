@@ -451,10 +451,6 @@ def multiply(*items):
     return fold(Mul, 1, items)
 
 
-def negative(value):
-    return multiply(Integer(-1), value)
-
-
 def power(base, exponent):
     """Computed only where it is exact and small: 2^-3 -> 1/8, (4/9)^(3/2) -> 8/27; 2^(1/2) stays."""
     if base.is_Rational and exponent.is_Rational:
@@ -481,7 +477,7 @@ def root(value, index):
     r"""The real root of a negative number where the index is odd: \sqrt[3]{-8} -> -2."""
     flip = value.is_Rational and value < 0 and index.is_Integer and index.p % 2
     result = power(-value if flip else value, divide(Integer(1), index))
-    return negative(result) if flip else result
+    return multiply(result, Integer(-1)) if flip else result
 
 
 def apply(name: str, *values):
@@ -507,15 +503,6 @@ def tree(value):
     return value
 
 
-def product(factors: list):
-    """Of numbers; of numbers and one matrix, entry by entry."""
-    matrix = next((factor for factor in factors if is_kind(factor, "matrix")), None)
-    if matrix is None:
-        return multiply(*map(tree, factors))
-    others = [factor for factor in factors if factor is not matrix]
-    return Seq("matrix", tuple(Leaf(tree(item)) if isinstance(item := product([entry, *others]), sympy.Expr) else item for entry in matrix.items))
-
-
 # -- the parser, one method a level: items > relation > union > leaf > sum > term > factor > atom ----------------------
 RELATIONS = {"=", "~", "<", "<=", ">", ">=", "!=", "∈"}
 TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
@@ -526,7 +513,7 @@ SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 1
 ARGUMENT = r"\([A-Za-z0-9_,]{1,40}\)"
 NAME = re.compile(rf"[A-Za-z]+(?:_[A-Za-z0-9]+)?'*(?:\^-1)?(?:{ARGUMENT})?|{ARGUMENT}")  # x_1, f(x), (x,y)
 EVENT = re.compile(r"[A-Z]\([^()]{1,40}\)")  # P(X = 2)
-REAL_LINE = Seq("()", (Leaf(negative(sympy.oo)), Leaf(sympy.oo)))
+REAL_LINE = Seq("()", (Leaf(multiply(sympy.oo, Integer(-1))), Leaf(sympy.oo)))
 
 
 class Parser:
@@ -617,6 +604,8 @@ class Parser:
 
     def union(self):
         pieces = [self.leaf()]
+        if pieces == [REAL_LINE] and self.accept("setminus"):
+            return complement(self.leaf())
         while self.accept("cup"):
             pieces.append(self.leaf())
         return Seq("union", tuple(pieces)) if len(pieces) > 1 else pieces[0]
@@ -657,7 +646,7 @@ class Parser:
         while not terms or self.coming in ("+", "-", "pm", "mp"):
             self.operations += 2 * bool(terms)
             sign, term = self.signs(), self.term()
-            terms.append(term if sign > 0 else product([term, Integer(-1)]))
+            terms.append(term if sign > 0 else multiply(tree(term), Integer(-1)))
         return terms[0] if len(terms) == 1 else add(*map(tree, terms))
 
     def signs(self) -> int:
@@ -674,19 +663,17 @@ class Parser:
         while True:
             op = self.coming if self.kind == "op" and self.coming in ("*", "/", ":" if not self.bars else "/") else ""
             if not op and not self.starts_factor():
-                return factors[0] if len(factors) == 1 else product(factors)
+                return factors[0] if len(factors) == 1 else multiply(*map(tree, factors))
             if not op and self.kind == self.tokens[self.at - 1].kind == "number":
                 raise Unparsed("two numbers side by side")
             self.at += bool(op)
             scientific = op == "*" and self.coming == "10" and self.tokens[self.at + 1].text == "^"
-            sign, right = Integer(self.signs() if op else 1), self.factor()
+            sign, right = Integer(self.signs() if op else 1), tree(self.factor())
             if op in ("/", ":"):
                 self.operations += 1
-                right = divide(sign, tree(right))
             else:  # a product of numbers is something left to calculate; 3 × 10^5 and 2π are not
-                self.operations += 2 * (is_rational(right) and any(map(is_rational, factors)) and not scientific)
-                right = right if sign > 0 else product([right, sign])
-            factors.append(right)
+                self.operations += 2 * (right.is_Rational and any(map(is_rational, factors)) and not scientific)
+            factors.append(divide(sign, right) if op in ("/", ":") else multiply(sign, right))
 
     def starts_factor(self) -> bool:
         kind, text = self.tokens[self.at]
@@ -713,7 +700,7 @@ class Parser:
         if self.accept("^"):
             value = power(value, self.exponent())
         self.depth -= 1
-        return value if sign > 0 else negative(value)
+        return value if sign > 0 else multiply(value, Integer(-1))
 
     def atom(self):
         """The smallest value. Every recursion of the parser passes here: this is where depth is bounded."""
@@ -875,8 +862,10 @@ def is_decimal(token: Token) -> bool:
 
 
 def complement(points) -> Seq:
-    """The real line without some points, as intervals."""
-    ends = [REAL_LINE.items[0], *sorted(points, key=lambda leaf: leaf.expr), REAL_LINE.items[1]]
+    """The real line without a set of rational points, as intervals."""
+    if not is_kind(points, "set") or not all(map(is_rational, points.items)):
+        raise Unparsed("a difference of sets")
+    ends = [REAL_LINE.items[0], *sorted(points.items, key=lambda leaf: leaf.expr), REAL_LINE.items[1]]
     return Seq("union", tuple(Seq("()", pair) for pair in pairwise(ends)))
 
 
@@ -967,35 +956,26 @@ def evaluate(expr, k: int, real: bool):
     return result
 
 
-class Facts(NamedTuple):
-    bits: int  # of the largest rational
-    nodes: int
-    cost: int  # of its functions
-    variable: bool
-    real: bool  # |x|, floor or ceiling, which mean something for real numbers
-    rooted: bool  # a root, logarithm or other power of a variable, which mean something for positive numbers
-
-
 @lru_cache(maxsize=512)
-def facts(expr) -> Facts:
-    nodes = list(sympy.preorder_traversal(expr))
-    inner = [node for node in nodes if node.args and node.func not in (Add, Mul)]
-    kinds = {node.func for node in inner}
-    rooted = (node.args[0] for node in inner if node.func is sympy.log or (node.func is Pow and not node.exp.is_Integer))
-    return Facts(
-        bits=max((bits(node) for node in nodes if node.is_Rational), default=0),
-        nodes=len(nodes),
-        cost=sum(30 if node.func in GAMMAS else 1 for node in inner),
-        variable=any(node.is_Symbol for node in nodes) or not {*EVALUATORS, Pow}.issuperset(kinds),
-        real=not kinds.isdisjoint((sympy.Abs, sympy.floor, sympy.ceiling)),
-        rooted=any(base.free_symbols for base in rooted),
-    )
+class Facts:
+    """What chooses the points for a tree, and bounds the work on it."""
+
+    def __init__(self, expr):
+        nodes = list(sympy.preorder_traversal(expr))
+        inner = [node for node in nodes if node.args and node.func not in (Add, Mul)]
+        kinds = {node.func for node in inner}
+        roots = [node for node in inner if node.func is sympy.log or (node.func is Pow and not node.exp.is_Integer)]
+        self.nodes, self.cost = len(nodes), sum(30 if node.func in GAMMAS else 1 for node in inner)
+        self.bits = max((bits(node) for node in nodes if node.is_Rational), default=0)
+        self.variable = any(node.is_Symbol for node in nodes) or not {*EVALUATORS, Pow}.issuperset(kinds)
+        self.real = not kinds.isdisjoint((sympy.Abs, sympy.floor, sympy.ceiling))  # of real numbers
+        self.rooted = any(node.args[0].free_symbols for node in roots)  # of positive numbers
 
 
 @lru_cache(maxsize=4096)
 def value_at(expr, k: int, real: bool, precision: int):
     """evaluate, remembered; None where there is no value, or where it would take too much work."""
-    if facts(expr).nodes * precision // 64 + facts(expr).cost * (precision // 64) ** 2 > MAX_WORK:
+    if Facts(expr).nodes * precision // 64 + Facts(expr).cost * (precision // 64) ** 2 > MAX_WORK:
         return None
     NUMBERS.prec = precision
     try:
@@ -1023,7 +1003,7 @@ def equal_at(x, y, k: int, real: bool, precision: int, approximate: bool) -> boo
 def sampling(x, y) -> tuple[int, bool, int]:
     """(number of points, whether real, precision): one point for constants; more precision for larger numbers; points
     of both signs where only one side has a root, so that \\sqrt{x^2} is not x."""
-    one, other = facts(x), facts(y)
+    one, other = Facts(x), Facts(y)
     real = one.real or other.real or one.rooted != other.rooted
     largest = 2 * max(one.bits, other.bits) + 64
     precision = next((p for p in PRECISIONS if largest <= p), 4 * MAX_BITS)
@@ -1099,23 +1079,26 @@ def single(value):
     return value
 
 
-BASE_UNITS = {"%": ("", Rational(1, 100)), "deg": ("", divide(sympy.pi, Integer(180))), "cent": ("dollar", Rational(1, 100))}
-
-
 def same_leaf(left: Leaf, right: Leaf) -> bool:
     """Numbers with or without units: 5 cm is 5 and not 5 m; 50% is 50 and 0.5; 50 cents is 50 and $0.50."""
-    if left.unit != right.unit:
-        (unit, scale), (other, factor) = (BASE_UNITS.get(leaf.unit, (leaf.unit, Integer(1))) for leaf in (left, right))
-        if (unit == other or "" in (unit, other)) and same_tree(
-            multiply(left.expr, scale), multiply(right.expr, factor), left.approximate or right.approximate):  # fmt: skip
+    approximate = left.approximate or right.approximate
+    if "" in (left.unit, right.unit) or left.unit == right.unit:
+        if same_tree(left.expr, right.expr, approximate):
             return True
-        if left.unit and right.unit:
-            return False
-    return same_tree(left.expr, right.expr, left.approximate or right.approximate)
+    (unit, value), (other_unit, other) = in_base_unit(left), in_base_unit(right)
+    compatible = left.unit != right.unit and (unit == other_unit or "" in (unit, other_unit))
+    return compatible and same_tree(value, other, approximate)
+
+
+def in_base_unit(leaf: Leaf) -> tuple:
+    per_cent = Rational(1, 100)
+    bases = {"%": ("", per_cent), "deg": ("", divide(sympy.pi, Integer(180))), "cent": ("dollar", per_cent)}
+    unit, scale = bases.get(leaf.unit, (leaf.unit, Integer(1)))
+    return unit, multiply(leaf.expr, scale)
 
 
 def is_constant(value) -> bool:
-    return isinstance(value, Leaf) and not facts(value.expr).variable
+    return isinstance(value, Leaf) and not Facts(value.expr).variable
 
 
 def meaning(relation: Relation):
@@ -1132,7 +1115,7 @@ def meaning(relation: Relation):
     if place is None or not all(map(is_constant, ends)):
         return None
     if ops == ("!=",):
-        return complement(ends) if is_rational(ends[0]) else None
+        return complement(Seq("set", tuple(ends))) if is_rational(ends[0]) else None
     if any(op[0] != "<" for op in ops) or len(sides) > 3 or (len(sides) == 3 and place != 1):
         return None
     low, high = (ends[0] if place else REAL_LINE.items[0]), (ends[-1] if place + 1 < len(sides) else REAL_LINE.items[1])
@@ -1155,7 +1138,7 @@ def steps_of(relation: Relation) -> list:
     if not all(isinstance(side, Leaf) for side in relation.sides) or not {*relation.ops} <= {"=", "<", "<=", "!="}:
         return []
     pairs = pairwise(side.expr for side in relation.sides)
-    return [(add(left, negative(right)), op) for (left, right), op in zip(pairs, relation.ops)]
+    return [(add(left, multiply(right, Integer(-1))), op) for (left, right), op in zip(pairs, relation.ops)]
 
 
 def parts(seq: Seq) -> list:
