@@ -30,6 +30,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
+from concurrent.futures import Future
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -298,7 +299,7 @@ TOKEN = re.compile(
     r"|(?<![\^_])(?P<mixed>\d+(?:\s+\d+\s?/\s?\d+|\s?\\[dt]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)))(?![\d.])"
     r"|(?P<number>\d*\.\d*\\(?:overline|bar|dot)\{\d+\}|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![A-Za-z\d]))?)"
     r'|\\(?P<environment>(?:begin|end)\{[a-z]+\*?\})(?:\{[lcr| ]*\})?|\\(?P<command>[A-Za-z]+|.)|"(?P<text>[A-Za-z]+)"'
-    r"|(?P<word>[A-Za-z]+)|(?P<op>\*\*|<=|>=|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈])|(?P<greek>[Α-ω])", re.S,
+    r"|(?P<subscript>_\s*(?:[A-Za-z0-9]|\{[A-Za-z0-9,\s]+\}))|(?P<word>[A-Za-z]+)|(?P<op>\*\*|<=|>=|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈])|(?P<greek>[Α-ω])", re.S,
 )  # fmt: skip
 GREEK = {  # α -> alpha
     unicodedata.lookup(f"GREEK {size} LETTER {name.replace('LAMBDA', 'LAMDA')}"): title(name)
@@ -362,6 +363,8 @@ def tokenise(text: str) -> list[Token]:
             value = SPELLINGS.get(value, value) if kind == "command" or len(value) == 2 else value
             kind = "op" if kind == "op" or value in OPERATORS else "name" if value in KNOWN else "command"
             tokens += [Token(kind, value)] if value else []
+        elif kind == "subscript":
+            tokens.append(Token(kind, re.sub(r"[\s{}]", "", value)))
         elif kind != "space":
             kind = {"greek": "name", "environment": "op"}.get(kind, "number")
             tokens.append(Token(kind, GREEK.get(value, value)))
@@ -418,15 +421,20 @@ def number(text: str) -> Rational:
         whole, top, bottom = (Integer(int(part)) for part in mixed.groups())
         fraction = divide(top, bottom)
         return whole + fraction if fraction < 1 else whole * fraction
-    head, _, period = text.partition("\\")
-    mantissa, _, exponent = head.lower().partition("e")
-    whole, _, decimals = mantissa.partition(".")
-    shift = int(exponent or 0) - len(decimals) if len(exponent) < 6 else MAX_BITS
-    if abs(shift) > MAX_BITS // 4:
+    decimal, _, period = text.partition("\\")
+    mantissa, _, exponent = decimal.lower().partition("e")
+    if len(exponent) > 5:
         raise Unparsed("exponent too large")
+    value = Rational(f"{mantissa}0" if "." in mantissa else mantissa) * Integer(10) ** int(exponent or 0)
     digits = re.sub(r"\D", "", period)
-    value = int(whole + decimals or 0) + (Rational(int(digits), 10 ** len(digits) - 1) if digits else 0)
-    return value * Integer(10) ** shift
+    return value + Rational(int(digits or 0), (10 ** len(digits) - 1 or 1) * 10 ** len(mantissa.partition(".")[2]))
+
+
+def number_in_base(digits: str, base: str) -> Integer:
+    """52_8 -> 42."""
+    if base not in map(str, range(2, 11)) or not digits.isdigit() or int(max(digits)) >= int(base):
+        raise Unparsed("not a number in that base")
+    return Integer(int(digits, int(base)))
 
 
 def fold(kind, neutral: int, items):
@@ -714,7 +722,7 @@ class Parser:
     def read(self, kind: str, text: str):
         if kind == "number":
             self.operations += "frac" in text or "/" in text
-            return self.in_base(text) if text.isdigit() and self.accept("_") else number(text)
+            return number_in_base(text, self.next().text[1:]) if self.kind == "subscript" else number(text)
         if kind == "name":
             return self.function(text) if text in FUNCTIONS else self.symbol(text)
         if text in BRACKETS:
@@ -738,24 +746,11 @@ class Parser:
             return self.matrix(text)
         raise Unparsed(f"{text or 'the end'} is not a value")
 
-    def in_base(self, digits: str):
-        """52_8 -> 42."""
-        base = tree(self.atom())
-        if not (base.is_Integer and 2 <= base <= 10) or any(int(digit) >= base for digit in digits):
-            raise Unparsed("not a number in that base")
-        return Integer(int(digits, int(base)))
-
     def symbol(self, name: str):
         """A constant, a variable with its subscript and primes, or an undefined function f, g, h of arguments."""
-        if name in self.bound or (name in CONSTANTS and self.coming != "_"):
+        if name in self.bound or (name in CONSTANTS and self.kind != "subscript"):
             return self.bound.get(name, CONSTANTS.get(name))
-        if self.accept("_"):
-            part = [self.next()]
-            while part[0].text == "{" and part[-1].text != "}":
-                part.append(self.next())
-                if part[-1].kind not in ("number", "name", "text") and part[-1].text not in (",", "}"):
-                    raise Unparsed("a subscript that is not a name")
-            name += "_" + "".join(token.text for token in part if token.text not in "{}")
+        name += self.next().text if self.kind == "subscript" else ""
         while self.accept("'"):
             name += "'"
         raised = self.coming == "^" and self.tokens[self.at + 2].text == "("  # f^2(x)
@@ -772,8 +767,10 @@ class Parser:
         r"""\sin^2 x, \sin^{-1} x, \log_2 8, \sqrt[3]{2}, \sin 30^\circ; sin 2x cos x is sin(2x) cos(x)."""
         base, exponent, unit = Integer(10) if name == "lg" else None, None, self.unit
         index = tree(self.group("[")) if name == "sqrt" and self.accept("[") else Integer(2)
-        if name == "log" and self.accept("_"):
-            base = self.digit_or_atom() if self.coming != "10" else number(self.next().text)
+        if name == "log" and self.kind == "subscript":
+            base = Parser(tokenise(self.next().text[1:])).sum()  # log_2, log_{10}, log_a
+        elif name == "log" and self.accept("_"):
+            base = tree(self.atom())
         if name != "sqrt" and self.accept("^"):
             exponent = self.exponent()
             if exponent == -1 and f"arc{name}" in FUNCTIONS:
@@ -1079,22 +1076,23 @@ def single(value):
     return value
 
 
+PER_CENT = Rational(1, 100)
+BASE_UNITS = {"%": ("", PER_CENT), "deg": ("", divide(sympy.pi, Integer(180))), "cent": ("dollar", PER_CENT)}
+
+
 def same_leaf(left: Leaf, right: Leaf) -> bool:
     """Numbers with or without units: 5 cm is 5 and not 5 m; 50% is 50 and 0.5; 50 cents is 50 and $0.50."""
-    approximate = left.approximate or right.approximate
-    if "" in (left.unit, right.unit) or left.unit == right.unit:
-        if same_tree(left.expr, right.expr, approximate):
+    for scaled in (False, True):
+        values, units = [left.expr, right.expr], [left.unit, right.unit]
+        for place, unit in enumerate(units):
+            if scaled and unit in BASE_UNITS:
+                units[place], values[place] = BASE_UNITS[unit][0], multiply(values[place], BASE_UNITS[unit][1])
+        alike = units[0] == units[1] or "" in units
+        if alike and same_tree(*values, approximate=left.approximate or right.approximate):
             return True
-    (unit, value), (other_unit, other) = in_base_unit(left), in_base_unit(right)
-    compatible = left.unit != right.unit and (unit == other_unit or "" in (unit, other_unit))
-    return compatible and same_tree(value, other, approximate)
-
-
-def in_base_unit(leaf: Leaf) -> tuple:
-    per_cent = Rational(1, 100)
-    bases = {"%": ("", per_cent), "deg": ("", divide(sympy.pi, Integer(180))), "cent": ("dollar", per_cent)}
-    unit, scale = bases.get(leaf.unit, (leaf.unit, Integer(1)))
-    return unit, multiply(leaf.expr, scale)
+        if left.unit == right.unit:
+            return False
+    return False
 
 
 def is_constant(value) -> bool:
@@ -1166,15 +1164,21 @@ OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s*(\S.*)", re.S)
 def compare(answer: str, reference: str) -> bool:
     """Two answers as they stand: as text, then by value; a letter with the text of its option; 1,234 also as a list."""
     left, right = parse(answer), parse(reference)
-    if left.text == right.text or (None not in (left.value, right.value) and same(left.value, right.value)):
+    if left.text == right.text or equal(left, right):
         return True
     for one, other, spelling in ((left, right, reference), (right, left, answer)):
         if option := OPTION.match(normalise(spelling)):
             letter = re.fullmatch("[A-J]", one.text.strip("()"))
             return option[1] == letter[0] if letter else parse(option[2]).text == one.text
         if isinstance(one.value, Seq) and isinstance(other.value, Leaf) and "," in spelling:
-            relisted = parse(spelling, thousands=False).value
-            return relisted is not None and same(one.value, relisted)
+            return equal(one, parse(spelling, thousands=False))
+    return False
+
+
+def equal(one: Parsed, other: Parsed) -> bool:
+    """By value; False where one did not parse, or where a number grows too large on the way."""
+    with contextlib.suppress(Unparsed):
+        return None not in (one.value, other.value) and same(one.value, other.value)
     return False
 
 
@@ -1377,15 +1381,10 @@ class Verifier:
             for _ in range(self.workers - len(self.threads)):
                 self.threads.append(threading.Thread(target=self.serve, daemon=True))
                 self.threads[-1].start()
-        done, groups = queue.SimpleQueue(), [None] * len(references)
-        for place, job in enumerate(zip(responses, references, require_value)):
-            self.jobs.put((done, place, job))
-        for _ in groups:
-            place, group = done.get()
-            if isinstance(group, Exception):
-                raise group
-            groups[place] = group
-        return groups
+        jobs = [(Future(), job) for job in zip(responses, references, require_value)]
+        for job in jobs:
+            self.jobs.put(job)
+        return [future.result() for future, _ in jobs]
 
     def verify(self, responses, references, require_value=None) -> tuple[list[list[bool]], list[list[int]]]:
         groups = self.check(responses, references, require_value)
@@ -1395,11 +1394,11 @@ class Verifier:
         """The life of a thread: jobs from the queue, for its own worker."""
         worker = Worker(self.timeout, self.memory_mb, self.failures)
         while (entry := self.jobs.get()) is not None:
-            done, place, job = entry
+            future, job = entry
             try:
-                done.put((place, worker.judge(*job)))
+                future.set_result(worker.judge(*job))
             except Exception as error:  # belongs to the caller of check()
-                done.put((place, error))
+                future.set_exception(error)
         worker.end()
 
 
