@@ -32,7 +32,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import Future
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import sympy
@@ -171,26 +171,32 @@ def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
 
 def from_clause(pattern: re.Pattern, text: str) -> str | None:
     """What follows "Answer:" or "the answer is": " **12 apples**. I hope" -> "12 apples", " for sure D, as" -> "D"."""
-    if not (match := last_match(pattern, text)):
-        return None
-    lines = text[match.end() : match.end() + MAX_ANSWER].lstrip(" *:").split("\n", 3)[:3]
-    line = next((line.strip() for line in lines if line.strip(" *\r")), "")
+    match = last_match(pattern, text)
+    line = text[match.end() :][:MAX_ANSWER].lstrip(" *:\r\n").partition("\n")[0].strip() if match else ""
     sentence = re.split(r"[.!?](?:\s|$)|[。！]", line, maxsplit=1)[0].strip(" *\"'`")
-    letter = CLAUSE_LETTER.search(sentence)
+    letter, numbers = CLAUSE_LETTER.search(sentence), NUMBER.findall(sentence)
     for candidate in (sentence, last_run(find_formulas(line), line), from_bold(line)):
         if readable(candidate) and not (letter and letter[2]):
             return candidate
     if letter:
         return letter[1] or letter[2]
-    numbers = list(NUMBER.finditer(sentence))
     if numbers:  # "42, since 6 x 7 = 42", but "Jane started 3 hours ago"
-        return numbers[0 if numbers[0].start() == 0 else -1][0]
+        return numbers[0 if sentence.startswith(numbers[0]) else -1]
     return sentence if 0 < len(sentence.split()) <= 5 else None
 
 
 def from_bold(text: str) -> str | None:
     bold = last_match(BOLD, text)
     return bold[1].strip(" .") if bold and readable(bold[1].strip(" .")) else None
+
+
+def from_tag(text: str) -> str | None:
+    _, opened, content = text.rpartition("</answer>")[0].rpartition("<answer>")
+    return content.strip() if opened else None
+
+
+def from_hashes(text: str) -> str | None:
+    return text.rpartition("####")[2].strip(" :\r\n").split("\n")[0] if "####" in text else None
 
 
 def from_letter(text: str) -> str | None:
@@ -207,20 +213,18 @@ def from_formula(text: str) -> str | None:
 
 
 RULES = (  # in the order of trust: the first rule that finds something decides
-    ("box", lambda text: last_run(find_boxes(text), text), r"the last complete \boxed{…}: what prompts ask for"),
-    ("tag", lambda text: "".join(text.rpartition("</answer>")[0].rpartition("<answer>")[1:])[8:].strip(),
-     "<answer>…</answer>: the other format that prompts ask for"),
-    ("label", lambda text: from_clause(LABEL, text), "Answer: … stands for nothing else"),
-    ("final", lambda text: from_clause(FINAL, text), "the final answer is …: said once, at the end"),
-    ("hashes", lambda text: text.rpartition("####")[2].strip(" :\r\n").split("\n")[0] if "####" in text else None,
-     "#### …: GSM8K's own format"),
-    ("phrase", lambda text: from_clause(PHRASE, text), "the answer is …: may also be said of a part"),
-    ("bold", from_bold, "**…**: what the model itself stresses, if it can be read as an answer"),
-    ("letter", from_letter, "it's (B): only if no number follows"),
-    ("formula", from_formula, "the last $…$: usually the result; about two points better than the last number"),
-    ("number", lambda text: getattr(last_match(NUMBER, text), "group", str)(), "the last number: a guess"),
-)  # fmt: skip
-FIND = {name: rule for name, rule, _ in RULES}
+    ("box", lambda text: last_run(find_boxes(text), text)),  # the last complete \boxed{…}: what prompts ask for
+    ("tag", from_tag),  # <answer>…</answer>: the other format of prompts
+    ("label", lambda text: from_clause(LABEL, text)),  # Answer: … stands for nothing else
+    ("final", lambda text: from_clause(FINAL, text)),  # the final answer is …: said once, at the end
+    ("hashes", from_hashes),  # #### 42: GSM8K's own format
+    ("phrase", lambda text: from_clause(PHRASE, text)),  # the answer is …: may also be said of a part
+    ("bold", from_bold),  # **…**: what the model itself stresses, if it can be read as an answer
+    ("letter", from_letter),  # it's (B): only if no number follows
+    ("formula", from_formula),  # the last $…$: usually the result; two points better than the last number
+    ("number", lambda text: getattr(last_match(NUMBER, text), "group", str)()),  # the last number: a guess
+)
+FIND = dict(RULES)
 
 
 def find_answer(text: str) -> tuple[str | None, str]:
@@ -230,7 +234,7 @@ def find_answer(text: str) -> tuple[str | None, str]:
     for name, rule in FIND.items():
         if answer := rule(reply):
             if name == "box" and PROSE.search(answer) and parse(answer).value is None and "\\begin" not in answer:
-                answer = next(filter(None, (inner(answer) for _, inner, _ in RULES[2:-1])), answer)
+                answer = next(filter(None, (inner(answer) for _, inner in RULES[2:-1])), answer)
             return answer, name
     return None, "none"
 
@@ -299,7 +303,8 @@ TOKEN = re.compile(
     r"|(?<![\^_])(?P<mixed>\d+(?:\s+\d+\s?/\s?\d+|\s?\\[dt]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)))(?![\d.])"
     r"|(?P<number>\d*\.\d*\\(?:overline|bar|dot)\{\d+\}|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![A-Za-z\d]))?)"
     r'|\\(?P<environment>(?:begin|end)\{[a-z]+\*?\})(?:\{[lcr| ]*\})?|\\(?P<command>[A-Za-z]+|.)|"(?P<text>[A-Za-z]+)"'
-    r"|(?P<subscript>_\s*(?:[A-Za-z0-9]|\{[A-Za-z0-9,\s]+\}))|(?P<word>[A-Za-z]+)|(?P<op>\*\*|<=|>=|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈])|(?P<greek>[Α-ω])", re.S,
+    r"|(?P<subscript>_\s*(?:[A-Za-z0-9]|\{[A-Za-z0-9,\s]+\}))|(?P<word>[A-Za-z]+)|(?P<greek>[Α-ω])"
+    r"|(?P<op>\*\*|<=|>=|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈])", re.S,
 )  # fmt: skip
 GREEK = {  # α -> alpha
     unicodedata.lookup(f"GREEK {size} LETTER {name.replace('LAMBDA', 'LAMDA')}"): title(name)
@@ -314,8 +319,8 @@ SPELLINGS = {  # of commands and signs: another -> ours; "" is dropped
     **dict.fromkeys(("ge", "geq", "geqslant", "=>"), ">="), **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     "div": "/", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~", "backslash": "setminus",
     "{": "set{", "}": "set}", "lbrace": "set{", "rbrace": "set}", "langle": "(", "rangle": ")", "\\": "row",
-    "degree": "°", "in": "∈", "dbinom": "binom", "tbinom": "binom", "land": ",", "lor": ",", "varphi": "phi", "infty": "inf",
-    "varepsilon": "epsilon", "varnothing": "emptyset", "colon": ":", "prime": "'", "**": "^", "==": "=",
+    "degree": "°", "in": "∈", "dbinom": "binom", "tbinom": "binom", "land": ",", "lor": ",", "varphi": "phi",
+    "infty": "inf", "varepsilon": "epsilon", "varnothing": "emptyset", "colon": ":", "prime": "'", "**": "^", "==": "=",
 }  # fmt: skip
 SYMPY_NAMES = {"ln": "log", "lg": "log", "abs": "Abs", "ceil": "ceiling", "arcsin": "asin", "arccos": "acos"}
 SYMPY_NAMES["arctan"] = "atan"
@@ -326,8 +331,8 @@ LONG_NAMES = "|".join(sorted((name for name in KNOWN if len(name) > 1), key=len,
 GLUED = re.compile(rf"({LONG_NAMES})([A-Za-z]{{1,2}})$")  # sinx, lnx, pir
 DIGITS = {word: str(n) for n, word in enumerate(str.split("zero one two three four five six seven eight nine ten"))}
 PREFIXES = {"frac", "binom", "sum", "prod", "lfloor", "lceil", "emptyset"}  # commands that begin a value
-OPERATORS = PREFIXES | set(str.split("+ - * / ^ = < > % | ( ) { } [ ] , : & ' ° ~ <= >= != ∈ cup setminus set{ set} row "
-                                     "rfloor rceil pm mp"))  # fmt: skip
+OPERATORS = PREFIXES | {*"+-*/^=<>%|(){}[],:&'°~∈", "<=", ">=", "!=", "cup", "setminus", "set{", "set}", "row"}
+OPERATORS |= {"rfloor", "rceil", "pm", "mp"}
 UNITS = {alias: names.split()[0] for names in str.split((  # every spelling -> the first
     "cm centimeter centimetre;mm millimeter millimetre;km kilometer kilometre;m meter metre;ft foot feet;in inch inche;"
     "yd yard;mi mile;kg kilogram;g gram;mg milligram;lb pound;oz ounce;s sec second;min minute;h hr hour;day;week;"
@@ -604,7 +609,8 @@ class Parser:
         spelling = "".join(part.text for part in side if part.text not in "{}")
         kinds, named = {part.kind for part in side}, NAME.fullmatch(spelling)
         words = not kinds.isdisjoint(("text", "command"))
-        if token.text in ("=", "~") and (words and "number" not in kinds or EVENT.fullmatch(spelling) and not named):
+        event = EVENT.fullmatch(spelling) and not named
+        if token.text in ("=", "~") and (event or (words and "number" not in kinds)):
             return spelling, len(side)
         known = any(part.text in FUNCTIONS or part.text in CONSTANTS for part in side)
         cos_a = len(side) == 2 and side[1].kind == "name"
@@ -820,7 +826,7 @@ class Parser:
         return items[0].expr
 
     def matrix(self, begin: str) -> Seq:
-        r"""\begin{pmatrix}1&2\\3&4\end{pmatrix}: a matrix of its rows; of one row or column: a vector of its entries."""
+        r"""\begin{pmatrix}1&2\\3&4\end{pmatrix}: a matrix of its rows; one row or column: of its entries."""
         rows: list[list] = [[]]
         while begin.endswith(("{matrix}", "pmatrix}", "bmatrix}", "array}")) and not self.coming.startswith("end{"):
             rows[-1].append(Leaf(tree(self.leaf())))
@@ -832,7 +838,7 @@ class Parser:
         if not rows[0] or len({*map(len, rows)}) > 1:
             raise Unparsed("not a matrix")
         if len(rows) == 1 or len(rows[0]) == 1:
-            return Seq("matrix", tuple(sum(rows, [])))
+            return Seq("matrix", tuple(chain.from_iterable(rows)))
         return Seq("matrix", tuple(Seq("matrix", tuple(row)) for row in rows))
 
     def series(self, combine):
