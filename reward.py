@@ -51,6 +51,7 @@ MAX_MAGNITUDE = 1 << 17  # bits before the point in numeric evaluation
 
 # -- problems ----------------------------------------------------------------------------------------------------------
 class Problem(NamedTuple):
+    """A line of a data file."""
     row: int  # 0-based line of the file
     problem: str
     answer: str
@@ -162,6 +163,7 @@ def last_run(found: list[tuple[int, int, str]], text: str) -> str | None:
 
 
 def readable(text: str | None) -> bool:
+    r"""Whether it is mathematics: "3 apples", "\frac12"; not "red", not "3 +"."""
     return bool(text) and not isinstance(parse(text).value, str | None)
 
 
@@ -186,16 +188,19 @@ def from_clause(pattern: re.Pattern, text: str) -> str | None:
 
 
 def from_bold(text: str) -> str | None:
+    """The last bold piece that is mathematics: "**Note**: it is **92**" -> "92"."""
     bold = last_match(BOLD, text)
     return bold[1].strip(" .") if bold and readable(bold[1].strip(" .")) else None
 
 
 def from_tag(text: str) -> str | None:
+    """<answer> 12 </answer> -> "12"."""
     _, opened, content = text.rpartition("</answer>")[0].rpartition("<answer>")
     return content.strip() if opened else None
 
 
 def from_hashes(text: str) -> str | None:
+    """6*7 = 42\\n#### 42 -> "42"."""
     return text.rpartition("####")[2].strip(" :\r\n").split("\n")[0] if "####" in text else None
 
 
@@ -294,6 +299,7 @@ def normalise(text: str, thousands: bool = True) -> str:
 
 
 class Token(NamedTuple):
+    """A piece of an answer; "end" follows the last."""
     kind: str  # number; name (a symbol, function or constant); text (a word); op; command (of LaTeX, unknown); end
     text: str
 
@@ -391,6 +397,7 @@ def split_word(word: str, before: Token) -> list[Token]:
 
 # -- values, and the arithmetic that builds them -----------------------------------------------------------------------
 class Leaf(NamedTuple):
+    """A number or expression: 0.5, 5 cm, x + 1."""
     expr: sympy.Expr  # an inert tree
     approximate: bool = False  # holds a decimal that is no integer
     unit: str = ""  # a known unit, "%" for a percentage
@@ -398,11 +405,13 @@ class Leaf(NamedTuple):
 
 
 class Seq(NamedTuple):
+    """A collection: (1,2), [0,1), {1,2}, "1, 2", a union, a matrix."""
     kind: str  # by its brackets "()" "[]" "(]" "[)"; "set"; "list" (bare); "union"; "matrix" (of its rows, or a vector)
     items: tuple
 
 
 class Relation(NamedTuple):
+    """A chain of values: x = 5, a = b = 3, 1 < x <= 2, x + y = 7."""
     sides: tuple  # values; None for a side in words ("Area = 5")
     ops: tuple  # "=", "<", "<=", "!=", "∈"; a chain that begins with > is turned round
     names: tuple  # the spelling of each side that only names something (x, x_1, f(x), Area), else ""
@@ -417,6 +426,7 @@ def is_rational(value) -> bool:
 
 
 def bits(value: Rational) -> int:
+    """The size of a fraction: 7/2 -> 3 + 2."""
     return value.p.bit_length() + value.q.bit_length()
 
 
@@ -457,10 +467,12 @@ def fold(kind, neutral: int, items):
 
 
 def add(*items):
+    """2, x, 3 -> x + 5."""
     return fold(Add, 0, items)
 
 
 def multiply(*items):
+    """2, x, 3 -> 6 x."""
     return fold(Mul, 1, items)
 
 
@@ -481,6 +493,7 @@ def power(base, exponent):
 
 
 def divide(numerator, denominator):
+    """6, 4 -> 3/2; x, 2 -> x * 1/2."""
     if denominator == 0:
         raise Unparsed("division by zero")
     return multiply(numerator, power(denominator, Integer(-1)))
@@ -516,6 +529,15 @@ def tree(value):
     return value
 
 
+def product(factors: list):
+    """Of numbers; of numbers and one matrix, entry by entry."""
+    if matrix := next((factor for factor in factors if is_kind(factor, "matrix")), None):
+        others = [factor for factor in factors if factor is not matrix]
+        return Seq("matrix", tuple(product([entry, *others]) for entry in matrix.items))
+    result = multiply(*map(tree, factors))
+    return Leaf(result) if isinstance(factors[0], Leaf) else result  # an entry of a matrix
+
+
 # -- the parser, one method a level: items > relation > union > leaf > sum > term > factor > atom ----------------------
 RELATIONS = {"=", "~", "<", "<=", ">", ">=", "!=", "∈"}
 TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
@@ -530,6 +552,8 @@ REAL_LINE = Seq("()", (Leaf(multiply(sympy.oo, Integer(-1))), Leaf(sympy.oo)))
 
 
 class Parser:
+    """Recursive descent over the tokens of one answer: "x = 1, 2" -> Relation(x = 1), Leaf(2)."""
+
     def __init__(self, tokens: list[Token]):
         self.tokens, self.at = [*tokens, *[Token("end", "")] * 3], 0  # three, for looking ahead
         self.depth = self.steps = 0
@@ -554,6 +578,7 @@ class Parser:
         return self.tokens[self.at - 1]
 
     def accept(self, *texts: str) -> bool:
+        """Step over the coming token if it is one of these."""
         return self.coming in texts and self.kind != "end" and bool(self.next())
 
     def expect(self, *texts: str) -> None:
@@ -562,23 +587,26 @@ class Parser:
                 raise Unparsed(f"{text} expected, not {self.coming or 'the end'}")
 
     def answer(self):
+        """All of the tokens: one value, or a bare list."""
         items = self.items()
         if self.kind != "end":
             raise Unparsed(f"unexpected {self.coming}")
         return items[0] if len(items) == 1 else Seq("list", tuple(items))
 
-    def items(self) -> list:
-        r"""Values separated by commas, semicolons, "and" or "or"; one with ± is read twice: 1 \pm 2, 5 -> 3, -1, 5."""
+    def items(self, expand: bool = True) -> list:
+        r"""Values separated by commas, semicolons, "and" or "or"; one with ± is read twice: 1 \pm 2, 5 -> 3, -1, 5. Only
+        an answer or a set expands it: in (1 \pm 2)/3 it is the whole that has two values."""
         values, saved = [], (self.sign, self.two_signs)
         while not values or self.accept(",", ";", "and", "or"):
             while values and self.accept("and", "or"):
                 pass
-            start, self.sign, self.two_signs = self.at, 1, False
+            start = self.at
+            self.sign, self.two_signs = (1, False) if expand else (self.sign, self.two_signs)
             values.append(self.relation())
-            if self.two_signs:
+            if expand and self.two_signs:
                 self.at, self.sign = start, -1
                 values.append(self.relation())
-        self.sign, self.two_signs = saved
+        self.sign, self.two_signs = saved if expand else (self.sign, self.two_signs)
         return values
 
     def relation(self):
@@ -617,6 +645,7 @@ class Parser:
         return (spelling if named and not words and (not known or cos_a) else ""), 0
 
     def union(self):
+        r"""(-\infty,1) \cup \{2\}; \mathbb{R} \setminus \{1\} as two intervals."""
         pieces = [self.leaf()]
         if pieces == [REAL_LINE] and self.accept("setminus"):
             return complement(self.leaf())
@@ -656,14 +685,16 @@ class Parser:
             raise Unparsed("words after a formula")
 
     def sum(self):
+        """2x - y + 1; a leading sign."""
         terms = []
         while not terms or self.coming in ("+", "-", "pm", "mp"):
             self.operations += 2 * bool(terms)
             sign, term = self.signs(), self.term()
-            terms.append(term if sign > 0 else multiply(tree(term), Integer(-1)))
+            terms.append(term if sign > 0 else product([term, Integer(-1)]))
         return terms[0] if len(terms) == 1 else add(*map(tree, terms))
 
     def signs(self) -> int:
+        """Any run of signs: "--" -> 1; ± and ∓ as self.sign says."""
         sign = 1
         while self.coming in ("+", "-", "pm", "mp"):
             token = self.next().text
@@ -677,19 +708,21 @@ class Parser:
         while True:
             op = self.coming if self.kind == "op" and self.coming in ("*", "/", ":" if not self.bars else "/") else ""
             if not op and not self.starts_factor():
-                return factors[0] if len(factors) == 1 else multiply(*map(tree, factors))
+                return factors[0] if len(factors) == 1 else product(factors)
             if not op and self.kind == self.tokens[self.at - 1].kind == "number":
                 raise Unparsed("two numbers side by side")
             self.at += bool(op)
             scientific = op == "*" and self.coming == "10" and self.tokens[self.at + 1].text == "^"
-            sign, right = Integer(self.signs() if op else 1), tree(self.factor())
+            sign, right = Integer(self.signs() if op else 1), self.factor()
             if op in ("/", ":"):
                 self.operations += 1
+                factors.append(divide(sign, tree(right)))
             else:  # a product of numbers is something left to calculate; 3 × 10^5 and 2π are not
-                self.operations += 2 * (right.is_Rational and any(map(is_rational, factors)) and not scientific)
-            factors.append(divide(sign, right) if op in ("/", ":") else multiply(sign, right))
+                self.operations += 2 * (is_rational(right) and any(map(is_rational, factors)) and not scientific)
+                factors += [right] if sign > 0 else [right, sign]
 
     def starts_factor(self) -> bool:
+        """Whether an implicit product goes on: 2x, 2(3), 2\\frac12."""
         kind, text = self.tokens[self.at]
         opens = text in PREFIXES or text in ("(", "[", "{", "|"[self.bars :]) or text.startswith("begin{")
         return kind in ("number", "name") or (kind == "op" and opens)
@@ -726,6 +759,7 @@ class Parser:
         return value
 
     def read(self, kind: str, text: str):
+        """What begins with this token, by its kind."""
         if kind == "number":
             self.operations += "frac" in text or "/" in text
             return number_in_base(text, self.next().text[1:]) if self.kind == "subscript" else number(text)
@@ -766,6 +800,7 @@ class Parser:
         return Symbol(name)
 
     def arguments(self) -> list:
+        """(x, y) of a function."""
         value = self.group(self.next().text)
         return [tree(item) for item in (value.items if isinstance(value, Seq) else [value])]
 
@@ -790,6 +825,8 @@ class Parser:
             while self.starts_factor() and self.coming not in FUNCTIONS | {"(", "["}:
                 factors.append(tree(self.factor()))
             values = [multiply(*factors)]
+        if name == "log" and len(values) == 2:
+            base = values.pop()
         if self.unit == "deg" and unit != "deg":
             values, self.unit = [divide(multiply(value, sympy.pi), Integer(180)) for value in values], unit
         result = root(values[0], index) if name == "sqrt" else apply(name, *values)
@@ -807,7 +844,7 @@ class Parser:
     def group(self, opening: str):
         """What stands in brackets: one value, or several; {x | x > 0} is what stands after the bar."""
         outer, self.bars = self.bars, int(opening == "set{")
-        items = [] if opening == "set{" and self.coming == "set}" else self.items()
+        items = [] if opening == "set{" and self.coming == "set}" else self.items(expand=opening == "set{")
         if opening == "set{" and self.accept("|", ":"):
             items = self.items()
         closing, self.bars = self.next().text, outer
@@ -888,7 +925,8 @@ class Parsed(NamedTuple):
 
 @lru_cache(maxsize=512)
 def parse(text: str, thousands: bool = True) -> Parsed:
-    """A whole answer. What is not in the grammar, or beyond the limits, is text and nothing else."""
+    """A whole answer: "1/2" -> Leaf(1/2). What is not in the grammar, or beyond the limits, is text and nothing else:
+    "5 +" -> None, "ends too early"."""
     if len(text) > MAX_ANSWER:
         return Parsed(text, None, "longer than the limit")
     text = normalise(text, thousands)
@@ -1059,6 +1097,7 @@ def proportional(x, y, positive: bool) -> bool:
 # sets, bare lists         in any order; a bare list also as a tuple, in order     {1,2} and {1,2,3}; 1 and {1,2}
 # words, unparsed          the same text                                           what did not parse and anything else
 def same(left, right) -> bool:
+    """By the table above: relations by what they say, leaves by value, collections by their items."""
     left, right = single(left), single(right)
     if isinstance(left, Relation) and isinstance(right, Relation):
         return same_relation(left, right)
@@ -1102,6 +1141,7 @@ def same_leaf(left: Leaf, right: Leaf) -> bool:
 
 
 def is_constant(value) -> bool:
+    """2 + 3 or sqrt 2; not x, not f(2)."""
     return isinstance(value, Leaf) and not Facts(value.expr).variable
 
 
@@ -1128,6 +1168,7 @@ def meaning(relation: Relation):
 
 
 def same_relation(left: Relation, right: Relation) -> bool:
+    """x = 5 and 5 = x; y = 2x + 1 and 2x - y + 1 = 0; x > 1 and -2 > -2x; not x = 5 and y = 5."""
     values, names = [meaning(left), meaning(right)], [next(filter(None, side.names), "") for side in (left, right)]
     loose = None in left.sides + right.sides or ("(" in names[0]) != ("(" in names[1])
     if None not in values and (loose or names[0] == names[1]) and same(*values):
@@ -1153,6 +1194,7 @@ def parts(seq: Seq) -> list:
 
 
 def same_seq(left: Seq, right: Seq) -> bool:
+    """{1,2} and {2,1}; (1,2) and the bare 1,2; not (0,1) and [0,1]."""
     kinds = {left.kind, right.kind}
     if "union" in kinds or kinds <= {"set", "list"}:
         one, other = parts(left), parts(right)
@@ -1216,6 +1258,7 @@ def score(response: str, reference: str, require_value: bool = False) -> float:
 
 
 class Explanation(NamedTuple):
+    """What explain says of a response."""
     right: bool
     answer: str | None
     rule: str  # the name in RULES of what found the answer, or "none"
@@ -1223,6 +1266,7 @@ class Explanation(NamedTuple):
 
 
 def explain(response: str, reference: str, require_value: bool = False) -> Explanation:
+    r"""The verdict and its reason: "\boxed{5+}" for "5" -> (False, "5+", "box", "unparsed answer: ends too early")."""
     answer, rule = find_answer(response)
     if answer is None:
         return Explanation(False, None, rule, "no answer")
@@ -1253,6 +1297,7 @@ def answer_classes(answers: list[str | None]) -> list[int]:
 
 # -- the pool of workers -----------------------------------------------------------------------------------------------
 class Group(NamedTuple):
+    """What became of the responses to one prompt, in their order."""
     verdicts: list[bool]
     classes: list[int]  # -1: no answer; all right ones share one class
     answers: list[str | None]
@@ -1371,6 +1416,7 @@ class Verifier:
         self.close()
 
     def close(self) -> None:
+        """End the workers; the next check() starts new ones."""
         with self.lock:
             threads, self.threads = self.threads, []
         for _ in threads:
@@ -1393,6 +1439,7 @@ class Verifier:
         return [future.result() for future, _ in jobs]
 
     def verify(self, responses, references, require_value=None) -> tuple[list[list[bool]], list[list[int]]]:
+        """check() without the answers: (verdicts, classes), each P lists of G."""
         groups = self.check(responses, references, require_value)
         return [group.verdicts for group in groups], [group.classes for group in groups]
 

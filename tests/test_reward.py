@@ -122,6 +122,9 @@ EQUAL = [
     (r"6\mathrm{~cm}", r"6\text{ cm}"), (r"15^{\circ}", "15"), (r"\angle A=15^\circ", r"15^\circ"),
     (r"x=15^\circ", "15"), ("2:3", r"\frac23"), (r"\frac{x}{y}", "x/y"), ("[0,1]", r"0\le x\le 1"),
     ("50 cents", r"\$0.50"), (r"\sqrt{x^2}", "|x|"), (r"x^{1/2} \cdot x^{1/2}", "x"), (r"e^{\ln x}", "x"),
+    (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"), (r"(\pm 1, 2)", "(1,2),(-1,2)"),
+    (r"\{\frac{1\pm\sqrt5}{2}, 3\}", r"3, \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"), ("log(8, 2)", "3"),
+    (r"\frac12\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
 ]  # fmt: skip
 DIFFERENT = [
     ("x=5965999999999999980", "x=5965999999999999988"), ("x+y=5965999999999999980", "x+y=5965999999999999988"),
@@ -152,7 +155,7 @@ DIFFERENT = [
     ("True", "False"), ("(-1)^n", "1"), (r"x\ge0", "x>0"), ("y=x", "y=-x"), ("2:3", "3:2"), ("A", "a"),
     (r"\cos A=\frac12", r"\frac13"), ("10^6", "10^7"), ("x_1", "x_2"), ("a_n", "a_m"),
     (r"\{1,3,5,\ldots\}", r"\{1,3,5\}"), (r"\sqrt{x^2}", "x"), (r"\sqrt{(x-1)^2}", "x-1"), ("5 cents", r"\$5"),
-    ("x<3", "y<3"), ("1=x", "1=1"),
+    ("x<3", "y<3"), ("1=x", "1=1"), (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}"),
 ]  # fmt: skip
 
 
