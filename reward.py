@@ -594,8 +594,8 @@ class Parser:
         return items[0] if len(items) == 1 else Seq("list", tuple(items))
 
     def items(self, expand: bool = True) -> list:
-        r"""Values separated by commas, semicolons, "and" or "or"; one with ± is read twice: 1 \pm 2, 5 -> 3, -1, 5. Only
-        an answer or a set expands it: in (1 \pm 2)/3 it is the whole that has two values."""
+        r"""Values separated by commas, semicolons, "and" or "or"; one with ± is read twice: 1 \pm 2, 5 -> 3, -1, 5. In
+        (1 \pm 2)/3 it is the whole that has two values, so that brackets other than a set's do not expand it."""
         values, saved = [], (self.sign, self.two_signs)
         while not values or self.accept(",", ";", "and", "or"):
             while values and self.accept("and", "or"):
@@ -951,7 +951,6 @@ EVALUATORS = {
     sympy.log: "ln", sympy.Abs: "fabs", sympy.ceiling: "ceil", sympy.factorial: "factorial", sympy.binomial: "binomial",
 }  # fmt: skip
 GAMMAS = {sympy.factorial, sympy.binomial}
-PRECISIONS = (192, 768, 3_072, 12_288)  # bits
 
 
 def point(name: str, k: int, real: bool):
@@ -1042,12 +1041,13 @@ def equal_at(x, y, k: int, real: bool, precision: int, approximate: bool) -> boo
 
 
 def sampling(x, y) -> tuple[int, bool, int]:
-    """(number of points, whether real, precision): one point for constants; more precision for larger numbers; points
+    """(number of points, whether real, precision in bits): one point for constants; more bits for larger numbers; points
     of both signs where only one side has a root, so that \\sqrt{x^2} is not x."""
     one, other = Facts(x), Facts(y)
     real = one.real or other.real or one.rooted != other.rooted
-    largest = 2 * max(one.bits, other.bits) + 64
-    precision = next((p for p in PRECISIONS if largest <= p), 4 * MAX_BITS)
+    precision = 192
+    while precision < 2 * max(one.bits, other.bits) + 64:
+        precision *= 4
     return (8 if real else 5) if one.variable or other.variable else 1, real, precision
 
 
@@ -1210,17 +1210,20 @@ OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s*(\S.*)", re.S)
 
 
 def compare(answer: str, reference: str) -> bool:
-    """Two answers as they stand: as text, then by value; a letter with the text of its option; 1,234 also as a list."""
+    """Two answers as they stand: as text, then by value, then in another reading of either."""
     left, right = parse(answer), parse(reference)
     if left.text == right.text or equal(left, right):
         return True
-    for one, other, spelling in ((left, right, reference), (right, left, answer)):
-        if option := OPTION.match(normalise(spelling)):
-            letter = re.fullmatch("[A-J]", one.text.strip("()"))
-            return option[1] == letter[0] if letter else parse(option[2]).text == one.text
-        if isinstance(one.value, Seq) and isinstance(other.value, Leaf) and "," in spelling:
-            return equal(one, parse(spelling, thousands=False))
-    return False
+    return reread(left, right, reference) or reread(right, left, answer)
+
+
+def reread(one: Parsed, other: Parsed, spelling: str) -> bool:
+    """The other as an option "(C) 15", which is "C" and is "15"; or 1,234 as a list, beside a collection."""
+    if option := OPTION.match(normalise(spelling)):
+        letter = re.fullmatch("[A-J]", one.text.strip("()"))
+        return option[1] == letter[0] if letter else parse(option[2]).text == one.text
+    listed = isinstance(one.value, Seq) and isinstance(other.value, Leaf) and "," in spelling
+    return listed and equal(one, parse(spelling, thousands=False))
 
 
 def equal(one: Parsed, other: Parsed) -> bool:
@@ -1282,17 +1285,12 @@ def answer_classes(answers: list[str | None]) -> list[int]:
     """The class of each answer, numbered by first appearance; -1 where there is none. Equality (the same in both
     directions) is closed transitively, so the partition does not depend on the order."""
     spellings = {answer: reference_answer(answer) for answer in answers if answer is not None}
-    label = dict.fromkeys(spellings)  # -> the first spelling of its class
-    for later in label:
-        label[later] = later
-        for earlier in spellings:
-            if earlier == later:
-                break
-            if label[earlier] != label[later] and compare(spellings[later], spellings[earlier]):
-                kept, merged = label[earlier], label[later]
-                label = {spelling: kept if first == merged else first for spelling, first in label.items()}
-    numbers: dict[str, int] = {}
-    return [-1 if answer is None else numbers.setdefault(label[answer], len(numbers)) for answer in answers]
+    classes: list[list[str]] = []
+    for answer, spelling in spellings.items():
+        joined = [group for group in classes if any(compare(spelling, spellings[other]) for other in group)]
+        classes = [group for group in classes if group not in joined] + [[*chain.from_iterable(joined), answer]]
+    first, numbers = {answer: group[0] for group in classes for answer in group}, {}
+    return [-1 if answer is None else numbers.setdefault(first[answer], len(numbers)) for answer in answers]
 
 
 # -- the pool of workers -----------------------------------------------------------------------------------------------
