@@ -31,7 +31,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import Future
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -452,8 +452,8 @@ def number_in_base(digits: str, base: str) -> Integer:
     return Integer(int(digits, int(base)))
 
 
-def fold(kind, neutral: int, items):
-    """An inert sum or product whose rational part is computed: 1 + x + 2 -> x + 3."""
+def fold(kind, neutral: int, *items):
+    """An inert sum or product whose rational part is computed: 1 + x + 2 -> x + 3, 2 * x * 3 -> x * 6."""
     rational, rest = Integer(neutral), [item for item in items if not item.is_Rational]
     for item in items:
         if item.is_Rational:
@@ -466,14 +466,7 @@ def fold(kind, neutral: int, items):
     return kind(*rest, evaluate=False) if len(rest) > 1 else rest[0]
 
 
-def add(*items):
-    """2, x, 3 -> x + 5."""
-    return fold(Add, 0, items)
-
-
-def multiply(*items):
-    """2, x, 3 -> 6 x."""
-    return fold(Mul, 1, items)
+add, multiply = partial(fold, Add, 0), partial(fold, Mul, 1)
 
 
 def power(base, exponent):
@@ -809,7 +802,7 @@ class Parser:
         base, exponent, unit = Integer(10) if name == "lg" else None, None, self.unit
         index = tree(self.group("[")) if name == "sqrt" and self.accept("[") else Integer(2)
         if name == "log" and self.kind == "subscript":
-            base = Parser(tokenise(self.next().text[1:])).sum()  # log_2, log_{10}, log_a
+            base = tree(Parser(tokenise(self.next().text[1:])).answer())  # log_2, log_{10}, log_a
         elif name == "log" and self.accept("_"):
             base = tree(self.atom())
         if name != "sqrt" and self.accept("^"):
@@ -1041,8 +1034,8 @@ def equal_at(x, y, k: int, real: bool, precision: int, approximate: bool) -> boo
 
 
 def sampling(x, y) -> tuple[int, bool, int]:
-    """(number of points, whether real, precision in bits): one point for constants; more bits for larger numbers; points
-    of both signs where only one side has a root, so that \\sqrt{x^2} is not x."""
+    """(number of points, whether real, precision): one point for constants; more bits for larger numbers; points of
+    both signs where only one side has a root, so that \\sqrt{x^2} is not x."""
     one, other = Facts(x), Facts(y)
     real = one.real or other.real or one.rooted != other.rooted
     precision = 192
@@ -1087,11 +1080,11 @@ def proportional(x, y, positive: bool) -> bool:
 # -- comparison of values ----------------------------------------------------------------------------------------------
 # kind                     equal when                                              not equal
 # numbers                  exactly; a decimal to a relative 1e-6                   0.33 and 1/3; 2.23 and 2.232
-# expressions              the same values at fixed points                         x and X; e^x and e^x + C
-# percent, degrees, units  5% is 5 or 0.05; known units must agree                 5 cm and 5 m
+# expressions              the same values at fixed points                         x and X; sqrt(x^2) and x; e^x, e^x + C
+# percent, degrees, units  5% is 5 or 0.05; 50 cents are $0.50; units must agree   5 cm and 5 m
 # x = 5, a = b = 5         as 5; both named: the same name                         x = 5 and y = 5; a + b = 0 and 0
 # other equations          left - right are proportional                           x = y and |x| = |y|
-# inequalities             the same intervals; or proportional, the same sign      x < 1 and x <= 1
+# inequalities             the same variable and intervals; or proportional        x < 1 and x <= 1; x < 1 and y < 1
 # intervals, unions        the same ends and brackets; unions in any order         (0,1) and [0,1]
 # tuples, matrices         entry by entry, in order                                (1,2) and (2,1); (1,2) and {1,2}
 # sets, bare lists         in any order; a bare list also as a tuple, in order     {1,2} and {1,2,3}; 1 and {1,2}
@@ -1386,7 +1379,7 @@ class Worker:
         return Group(verdicts, classes, answers, lost)
 
 
-class Verifier:
+class Verifier(contextlib.AbstractContextManager):
     """A pool that judges groups of responses in order: `with Verifier(4) as pool: pool.check([[response, …], …],
     [reference, …])`. No answer can hang, crash or exhaust the caller. Each thread owns one worker at a time (Linux ends
     a worker with the thread that started it). `timeout` (seconds an answer may take, on the wall and of CPU) and
@@ -1406,9 +1399,6 @@ class Verifier:
     @property
     def timeouts(self) -> int:
         return self.failures["time"] + self.failures["cpu"]
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()

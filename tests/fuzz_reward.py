@@ -23,8 +23,8 @@ TOKENS = str.split(r"""
 \begin{pmatrix} \end{pmatrix} \boxed{ \boxed{7} Answer: answer final is the <answer> </answer> #### ** <think> </think>
 \n\n ′ ½ ² π √ ∞ ≤ − １ \ud800 \x00""")
 ORDINARY = str.split(r"""
-1/2;\frac{1}{2};3\frac12;-1,234.5;0.1\overline{6};x^2+2x+1;(x+1)^2;\sin^2 x+\cos^2 x;\sqrt[3]{-8};\sqrt{x^2};|x-1|;
-$0.50;\{1,2,3\};(1,2];(-\infty,1)\cup(2,\infty);x\le 3;1<x\le 2;x=1 \text{ or } x=2;\frac{1\pm\sqrt2}{2};52_8;33.5\%;\$5;
+1/2;\frac{1}{2};3\frac12;-1,234.5;0.1\overline{6};x^2+2x+1;(x+1)^2;\sin^2 x+\cos^2 x;\sqrt[3]{-8};\sqrt{x^2};|x-1|;\$5;
+$0.50;\{1,2,3\};(1,2];(-\infty,1)\cup(2,\infty);x\le 3;1<x\le 2;x=1 \text{ or } x=2;\frac{1\pm\sqrt2}{2};52_8;33.5\%;
 \begin{pmatrix}1&2\\3&4\end{pmatrix};5\text{ cm}^2;50 cents;\binom{2n}{n};n!/(n-1)!;\log_2 8;\lfloor n/2\rfloor;
 \sum_{k=1}^{10} k^2;f(x)=x^2;y=2x+1;2\pi r;e^{i\theta};90^\circ;\text{Yes};(C) 15;P(X=2)=\frac14;x\ne 1;2 million;
 \mathbb{R}\setminus\{1\};1.5 \times 10^3;\frac{x^2-1}{x-1};\ln|x|+C""".replace("\n", ""), ";")
