@@ -277,6 +277,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=[)\]}])\s*U\s*(?=[(\[\\])", r"\\cup "),
     (r"(?<!\\)\bin\b(?=\s*[(\[{\\])", " ∈ "),
     (r"\blog(\d+)\(", r"log_{\1}("),
+    (r"(?i:^\W{0,3}(?:option|choice)\s+)(?=\W?[A-J]\W?$)", ""),
     (r"\b(?:square|sq\.?) ([A-Za-z]+)", r"\1^2"),  # square feet
 )]  # fmt: skip
 
@@ -859,16 +860,16 @@ class Parser:
         r"""\begin{pmatrix}1&2\\3&4\end{pmatrix}: a matrix of its rows; one row or column: of its entries."""
         rows: list[list] = [[]]
         while begin.endswith(("{matrix}", "pmatrix}", "bmatrix}", "array}")) and not self.coming.startswith("end{"):
-            rows[-1].append(Leaf(tree(self.leaf())))
+            rows[-1].append(self.leaf())
             if self.accept("row"):
                 rows += [] if self.coming.startswith("end{") else [[]]
             elif not self.accept("&") and not self.coming.startswith("end{"):
                 raise Unparsed("a matrix is not closed")
         self.next()
-        if not rows[0] or len({*map(len, rows)}) > 1:
+        if not rows[0] or len({*map(len, rows)}) > 1 or not all(isinstance(cell, Leaf) for cell in chain(*rows)):
             raise Unparsed("not a matrix")
         if len(rows) == 1 or len(rows[0]) == 1:
-            return Seq("matrix", tuple(chain.from_iterable(rows)))
+            return Seq("matrix", tuple(chain(*rows)))
         return Seq("matrix", tuple(Seq("matrix", tuple(row)) for row in rows))
 
     def series(self, combine):
@@ -1080,11 +1081,11 @@ def proportional(x, y, positive: bool) -> bool:
 # -- comparison of values ----------------------------------------------------------------------------------------------
 # kind                     equal when                                              not equal
 # numbers                  exactly; a decimal to a relative 1e-6                   0.33 and 1/3; 2.23 and 2.232
-# expressions              the same values at fixed points                         x and X; sqrt(x^2) and x; e^x, e^x + C
+# expressions              the same values at fixed points                         x and X; sqrt(x^2) and x; e^x + 1, e^x
 # percent, degrees, units  5% is 5 or 0.05; 50 cents are $0.50; units must agree   5 cm and 5 m
 # x = 5, a = b = 5         as 5; both named: the same name                         x = 5 and y = 5; a + b = 0 and 0
 # other equations          left - right are proportional                           x = y and |x| = |y|
-# inequalities             the same variable and intervals; or proportional        x < 1 and x <= 1; x < 1 and y < 1
+# inequalities             the same variable and intervals; or proportional        x < 1 and x <= 1, nor y < 1
 # intervals, unions        the same ends and brackets; unions in any order         (0,1) and [0,1]
 # tuples, matrices         entry by entry, in order                                (1,2) and (2,1); (1,2) and {1,2}
 # sets, bare lists         in any order; a bare list also as a tuple, in order     {1,2} and {1,2,3}; 1 and {1,2}

@@ -124,6 +124,7 @@ EQUAL = [
     ("50 cents", r"\$0.50"), (r"\sqrt{x^2}", "|x|"), (r"x^{1/2} \cdot x^{1/2}", "x"), (r"e^{\ln x}", "x"),
     (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"), (r"(\pm 1, 2)", "(1,2),(-1,2)"),
     (r"\{\frac{1\pm\sqrt5}{2}, 3\}", r"3, \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"), ("log(8, 2)", "3"),
+    ("option B", "B"), (r"\begin{pmatrix}0.333333333\\1\end{pmatrix}", r"\begin{pmatrix}1/3\\1\end{pmatrix}"),
     (r"\frac12\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
 ]  # fmt: skip
 DIFFERENT = [
