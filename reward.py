@@ -1081,7 +1081,7 @@ def proportional(x, y, positive: bool) -> bool:
 # -- comparison of values ----------------------------------------------------------------------------------------------
 # kind                     equal when                                              not equal
 # numbers                  exactly; a decimal to a relative 1e-6                   0.33 and 1/3; 2.23 and 2.232
-# expressions              the same values at fixed points                         x and X; sqrt(x^2) and x; e^x + 1, e^x
+# expressions              the same values at fixed points                         x and X; √(x²) and x; e^x and e^x + C
 # percent, degrees, units  5% is 5 or 0.05; 50 cents are $0.50; units must agree   5 cm and 5 m
 # x = 5, a = b = 5         as 5; both named: the same name                         x = 5 and y = 5; a + b = 0 and 0
 # other equations          left - right are proportional                           x = y and |x| = |y|
