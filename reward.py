@@ -448,7 +448,7 @@ def number(text: str) -> Rational:
 
 def number_in_base(digits: str, base: str) -> Integer:
     """52_8 -> 42."""
-    if base not in map(str, range(2, 11)) or not digits.isdigit() or int(max(digits)) >= int(base):
+    if base not in map(str, range(2, 11)) or any(digit not in "0123456789"[: int(base)] for digit in digits):
         raise Unparsed("not a number in that base")
     return Integer(int(digits, int(base)))
 
@@ -1009,7 +1009,8 @@ class Facts:
 @lru_cache(maxsize=4096)
 def value_at(expr, k: int, real: bool, precision: int):
     """evaluate, remembered; None where there is no value, or where it would take too much work."""
-    if Facts(expr).nodes * precision // 64 + Facts(expr).cost * (precision // 64) ** 2 > MAX_WORK:
+    simple, hard = precision // 64 + (precision // 4096) ** 2, (precision // 64) ** 2  # of a division, of a sine
+    if Facts(expr).nodes * simple + Facts(expr).cost * hard > MAX_WORK:
         return None
     NUMBERS.prec = precision
     try:
@@ -1041,7 +1042,7 @@ def sampling(x, y) -> tuple[int, bool, int]:
     real = one.real or other.real or one.rooted != other.rooted
     precision = 192
     while precision < 2 * max(one.bits, other.bits) + 64:
-        precision *= 4
+        precision *= 2
     return (8 if real else 5) if one.variable or other.variable else 1, real, precision
 
 
@@ -1068,7 +1069,7 @@ def proportional(x, y, positive: bool) -> bool:
         return all(zeros)
     with LOCK:
         _, real, precision = sampling(x, y)
-        precision *= 4  # near a large constant the ratio of different sides hardly varies
+        precision *= 2  # near a large constant C the ratio of different sides varies by 1/C²
         pairs = [(value_at(x, k, real, precision), value_at(y, k, real, precision)) for k in range(4)]
         if any(None in pair or not pair[1] for pair in pairs):
             return False
