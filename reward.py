@@ -30,8 +30,9 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from functools import lru_cache
-from itertools import pairwise
+from concurrent.futures import Future
+from functools import lru_cache, partial
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import sympy
@@ -41,7 +42,7 @@ from sympy import Add, Integer, Mul, Pow, Rational, Symbol
 # Limits count work. Beyond them an answer is text, equal only to the same text.
 MAX_RESPONSE = 100_000  # characters of a response that are read, from its end
 MAX_ANSWER = 2_000  # characters (the longest answer of MATH has about 300)
-MAX_TOKENS, MAX_DEPTH, MAX_STEPS = 500, 160, 5_000  # of the parser; a pair of brackets takes four levels of depth
+MAX_TOKENS, MAX_DEPTH, MAX_STEPS = 500, 40, 5_000  # of the parser; it may read a token more than once
 MAX_LEAVES = 64  # values of a list, set or matrix (comparing two takes the square of it)
 MAX_BITS = 40_000  # of a number that is computed exactly (2004! has 19,000)
 MAX_WORK = 40_000  # of one numeric evaluation, see value_at; below 0.1 s
@@ -50,6 +51,7 @@ MAX_MAGNITUDE = 1 << 17  # bits before the point in numeric evaluation
 
 # -- problems ----------------------------------------------------------------------------------------------------------
 class Problem(NamedTuple):
+    """A line of a data file."""
     row: int  # 0-based line of the file
     problem: str
     answer: str
@@ -161,6 +163,7 @@ def last_run(found: list[tuple[int, int, str]], text: str) -> str | None:
 
 
 def readable(text: str | None) -> bool:
+    r"""Whether it is mathematics: "3 apples", "\frac12"; not "red", not "3 +"."""
     return bool(text) and not isinstance(parse(text).value, str | None)
 
 
@@ -170,26 +173,35 @@ def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
 
 def from_clause(pattern: re.Pattern, text: str) -> str | None:
     """What follows "Answer:" or "the answer is": " **12 apples**. I hope" -> "12 apples", " for sure D, as" -> "D"."""
-    if not (match := last_match(pattern, text)):
-        return None
-    lines = text[match.end() : match.end() + MAX_ANSWER].lstrip(" *:").split("\n", 3)[:3]
-    line = next((line.strip() for line in lines if line.strip(" *\r")), "")
+    match = last_match(pattern, text)
+    line = text[match.end() :][:MAX_ANSWER].lstrip(" *:\r\n").partition("\n")[0].strip() if match else ""
     sentence = re.split(r"[.!?](?:\s|$)|[。！]", line, maxsplit=1)[0].strip(" *\"'`")
-    letter = CLAUSE_LETTER.search(sentence)
+    letter, numbers = CLAUSE_LETTER.search(sentence), NUMBER.findall(sentence)
     for candidate in (sentence, last_run(find_formulas(line), line), from_bold(line)):
         if readable(candidate) and not (letter and letter[2]):
             return candidate
     if letter:
         return letter[1] or letter[2]
-    numbers = list(NUMBER.finditer(sentence))
     if numbers:  # "42, since 6 x 7 = 42", but "Jane started 3 hours ago"
-        return numbers[0 if numbers[0].start() == 0 else -1][0]
+        return numbers[0 if sentence.startswith(numbers[0]) else -1]
     return sentence if 0 < len(sentence.split()) <= 5 else None
 
 
 def from_bold(text: str) -> str | None:
+    """The last bold piece that is mathematics: "**Note**: it is **92**" -> "92"."""
     bold = last_match(BOLD, text)
     return bold[1].strip(" .") if bold and readable(bold[1].strip(" .")) else None
+
+
+def from_tag(text: str) -> str | None:
+    """<answer> 12 </answer> -> "12"."""
+    _, opened, content = text.rpartition("</answer>")[0].rpartition("<answer>")
+    return content.strip() if opened else None
+
+
+def from_hashes(text: str) -> str | None:
+    """6*7 = 42\\n#### 42 -> "42"."""
+    return text.rpartition("####")[2].strip(" :\r\n").split("\n")[0] if "####" in text else None
 
 
 def from_letter(text: str) -> str | None:
@@ -206,20 +218,18 @@ def from_formula(text: str) -> str | None:
 
 
 RULES = (  # in the order of trust: the first rule that finds something decides
-    ("box", lambda text: last_run(find_boxes(text), text), r"the last complete \boxed{…}: what prompts ask for"),
-    ("tag", lambda text: "".join(text.rpartition("</answer>")[0].rpartition("<answer>")[1:])[8:].strip(),
-     "<answer>…</answer>: the other format that prompts ask for"),
-    ("label", lambda text: from_clause(LABEL, text), "Answer: … stands for nothing else"),
-    ("final", lambda text: from_clause(FINAL, text), "the final answer is …: said once, at the end"),
-    ("hashes", lambda text: text.rpartition("####")[2].strip(" :\r\n").split("\n")[0] if "####" in text else None,
-     "#### …: GSM8K's own format"),
-    ("phrase", lambda text: from_clause(PHRASE, text), "the answer is …: may also be said of a part"),
-    ("bold", from_bold, "**…**: what the model itself stresses, if it can be read as an answer"),
-    ("letter", from_letter, "it's (B): only if no number follows"),
-    ("formula", from_formula, "the last $…$: usually the result; about two points better than the last number"),
-    ("number", lambda text: getattr(last_match(NUMBER, text), "group", str)(), "the last number: a guess"),
-)  # fmt: skip
-FIND = {name: rule for name, rule, _ in RULES}
+    ("box", lambda text: last_run(find_boxes(text), text)),  # the last complete \boxed{…}: what prompts ask for
+    ("tag", from_tag),  # <answer>…</answer>: the other format of prompts
+    ("label", lambda text: from_clause(LABEL, text)),  # Answer: … stands for nothing else
+    ("final", lambda text: from_clause(FINAL, text)),  # the final answer is …: said once, at the end
+    ("hashes", from_hashes),  # #### 42: GSM8K's own format
+    ("phrase", lambda text: from_clause(PHRASE, text)),  # the answer is …: may also be said of a part
+    ("bold", from_bold),  # **…**: what the model itself stresses, if it can be read as an answer
+    ("letter", from_letter),  # it's (B): only if no number follows
+    ("formula", from_formula),  # the last $…$: usually the result; two points better than the last number
+    ("number", lambda text: getattr(last_match(NUMBER, text), "group", str)()),  # the last number: a guess
+)
+FIND = dict(RULES)
 
 
 def find_answer(text: str) -> tuple[str | None, str]:
@@ -229,7 +239,7 @@ def find_answer(text: str) -> tuple[str | None, str]:
     for name, rule in FIND.items():
         if answer := rule(reply):
             if name == "box" and PROSE.search(answer) and parse(answer).value is None and "\\begin" not in answer:
-                answer = next(filter(None, (inner(answer) for _, inner, _ in RULES[2:-1])), answer)
+                answer = next(filter(None, (inner(answer) for _, inner in RULES[2:-1])), answer)
             return answer, name
     return None, "none"
 
@@ -249,40 +259,37 @@ SIGNS = str.maketrans({
     **{sign: f"^{{{digit}}}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}, "⁄": "/", '"': " ", "≠": "!=", "≈": "~",
     **{sign: new for signs, new in (("−–—‐", "-"), ("×·⋅∙∗", "*"), ("÷∕", "/"), ("≤⩽", "<="), ("≥⩾", ">="),
                                     ("€£¥₹", r"\$")) for sign in signs},
-    "∞": " inf ", "π": " pi ", "√": r"\sqrt ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "ℝ": r"\mathbb{R}", "º": "°",
+    "∞": " inf ", "π": " pi ", "√": r"\sqrt ", "∪": r"\cup ", "±": r"\pm ", "ℝ": r"\mathbb{R}", "º": "°",
     "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "∅": r"\emptyset ", "∠": r"\angle ", "′": "'",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∖": r"\setminus ", "⟨": "(", "⟩": ")",
     "’": "'", "。": ".", "、": ",", "\u200b": "", "\ufeff": "",
 })  # fmt: skip
-UNITS = {alias: names.split()[0] for names in str.split((  # every spelling -> the first
-    "cm centimeter centimetre;mm millimeter millimetre;km kilometer kilometre;m meter metre;ft foot feet;in inch inche;"
-    "yd yard;mi mile;kg kilogram;g gram;mg milligram;lb pound;oz ounce;s sec second;min minute;h hr hour;day;week;"
-    "month;mol;mph;year yr;L l liter litre;mL ml milliliter;dollar usd buck;cent;deg degree;rad radian;gallon;"
-    "percent pct percentage;sq square;cubic"), ";") for alias in names.split()}  # fmt: skip
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,;:! ]\s?|\{,\}|,\\!|[ \u00a0\u202f])\d{3})+(?!\d)")
 EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3}){2,}|-?\d{1,3}(?:\.\d{3})+,\d+")
 TEXT = re.compile(r"\\(?:text|mbox|hbox|mathrm|mathsf|mathbf|operatorname)(?:bf|it|rm|normal|tt)?\s*\{([^{}]*)\}")
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\(?:left|right)\s*\.|\\[()\[\]](?!\d+(?:pt|em))", " "),
+    (r"(?<!\\)\\\\(?=[A-Za-z])(?![\s\S]*\\end)", r"\\"),  # a doubled backslash, unless it ends a row
+    (r"\\(?:left|right)\s*\.|\\[()\[\]](?!\d+(?:pt|em))|\\q?quad", " "),
     (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
     (r"\\mathbb\s*\{?\s*R\s*\}?|(?i:\ball real numbers\b)", "ℝ"),
     (r"(?<=\d)\s*[xX]\s*(?=10\s?\^)", "*"),  # 1.5 x 10^3
+    (r"(?<=[)\]}])\s*U\s*(?=[(\[\\])", r"\\cup "),
+    (r"(?<!\\)\bin\b(?=\s*[(\[{\\])", " ∈ "),
     (r"\blog(\d+)\(", r"log_{\1}("),
+    (r"(?i:^\W{0,3}(?:option|choice)\s+)(?=\W?[A-J]\W?$)", ""),
+    (r"\b(?:square|sq\.?) ([A-Za-z]+)", r"\1^2"),  # square feet
 )]  # fmt: skip
-DOUBLED = re.compile(r"\\\\(?=(?:[dt]?frac|sqrt|left|right|[lg]eq?|text|pi|cdot|times|in|cup|pm|infty|boxed)(?![a-z]))")
 
 
 def quote_words(match: re.Match) -> str:
     r"""\text{ square cm} -> "square" "cm"; a single letter (\text{C}) stays mathematics unless it is a unit."""
-    return " " + re.sub("[A-Za-z]+", lambda w: f'"{w[0]}"' if len(w[0]) > 1 or w[0] in UNITS else w[0], match[1]) + " "
+    return " " + re.sub("[A-Za-z]{2,}|[mgshL]", r'"\g<0>"', match[1]) + " "
 
 
 def normalise(text: str, thousands: bool = True) -> str:
     r"""Undo what does not change the mathematics: "$1,234.50$." -> "1234.50", "12\,345" -> "12345", "3½" -> "3 1/2"."""
-    text = unicodedata.normalize("NFKC", text.translate(SIGNS))
-    text = text if "\\begin" in text else DOUBLED.sub("\\\\", text)
-    text = text.replace(r"\$", ' "dollar" ').replace("$", " ")
+    text = unicodedata.normalize("NFKC", text.translate(SIGNS)).replace(r"\$", ' "dollar" ').replace("$", " ")
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     text = SPACED_THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), TEXT.sub(quote_words, text))
@@ -293,7 +300,8 @@ def normalise(text: str, thousands: bool = True) -> str:
 
 
 class Token(NamedTuple):
-    kind: str  # number, name (a symbol, function or constant), text (a word), command (of LaTeX), op, end
+    """A piece of an answer; "end" follows the last."""
+    kind: str  # number; name (a symbol, function or constant); text (a word); op; command (of LaTeX, unknown); end
     text: str
 
 
@@ -302,35 +310,48 @@ TOKEN = re.compile(
     r"|(?<![\^_])(?P<mixed>\d+(?:\s+\d+\s?/\s?\d+|\s?\\[dt]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)))(?![\d.])"
     r"|(?P<number>\d*\.\d*\\(?:overline|bar|dot)\{\d+\}|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![A-Za-z\d]))?)"
     r'|\\(?P<environment>(?:begin|end)\{[a-z]+\*?\})(?:\{[lcr| ]*\})?|\\(?P<command>[A-Za-z]+|.)|"(?P<text>[A-Za-z]+)"'
-    r"|(?P<word>[A-Za-z]+)|(?P<op>\*\*|<=|>=|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~])|(?P<greek>[Α-ω])", re.S,
+    r"|(?P<subscript>_\s*(?:[A-Za-z0-9]|\{[A-Za-z0-9,\s]+\}))|(?P<word>[A-Za-z]+)|(?P<greek>[Α-ω])"
+    r"|(?P<op>\*\*|<=|>=|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈])", re.S,
 )  # fmt: skip
 GREEK = {  # α -> alpha
     unicodedata.lookup(f"GREEK {size} LETTER {name.replace('LAMBDA', 'LAMDA')}"): title(name)
     for name in str.split("ALPHA BETA GAMMA DELTA EPSILON ZETA ETA THETA IOTA KAPPA LAMBDA MU NU XI RHO SIGMA TAU "
                           "UPSILON PHI CHI PSI OMEGA") for size, title in (("SMALL", str.lower), ("CAPITAL", str.title))
 }  # fmt: skip
-DROPPED = ("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits "
-           "quad qquad mathbb mathbf boldsymbol bm vec mathit mathrm operatorname rm bf it , ; : ! space")  # fmt: skip
-COMMANDS = {  # another spelling -> ours; "" is dropped
+DROPPED = ("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits mathbb "
+           "mathbf boldsymbol bm vec mathit mathrm operatorname rm bf it , ; : ! space")  # fmt: skip
+SPELLINGS = {  # of commands and signs: another -> ours; "" is dropped
     **dict.fromkeys([*DROPPED.split(), " ", "\n"], ""), **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
     **dict.fromkeys(("cdot", "times", "ast"), "*"), **dict.fromkeys(("le", "leq", "leqslant", "=<"), "<="),
     **dict.fromkeys(("ge", "geq", "geqslant", "=>"), ">="), **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     "div": "/", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~", "backslash": "setminus",
     "{": "set{", "}": "set}", "lbrace": "set{", "rbrace": "set}", "langle": "(", "rangle": ")", "\\": "row",
-    "degree": "°", "dbinom": "binom", "tbinom": "binom", "land": ",", "lor": ",", "varphi": "phi", "infty": "inf",
-    "varepsilon": "epsilon", "varnothing": "emptyset", "colon": ":", "prime": "'", "**": "^", "==": "=",
+    "degree": "°", "in": "∈", "dbinom": "binom", "tbinom": "binom", "land": ",", "lor": ",", "varphi": "phi",
+    "infty": "inf", "varepsilon": "epsilon", "varnothing": "emptyset", "colon": ":", "prime": "'", "**": "^", "==": "=",
 }  # fmt: skip
-SYMPY_NAMES = {"ln": "log", "lg": "log", "abs": "Abs", "ceil": "ceiling"}
-SYMPY_NAMES |= {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+SYMPY_NAMES = {"ln": "log", "lg": "log", "abs": "Abs", "ceil": "ceiling", "arcsin": "asin", "arccos": "acos"}
+SYMPY_NAMES["arctan"] = "atan"
 FUNCTIONS = {*SYMPY_NAMES, *str.split("sin cos tan cot sec csc sinh cosh tanh asin acos atan log exp sqrt floor")}
 CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "inf": sympy.oo, "infinity": sympy.oo, "oo": sympy.oo}
 KNOWN = {*FUNCTIONS, *CONSTANTS, *GREEK.values()}
 LONG_NAMES = "|".join(sorted((name for name in KNOWN if len(name) > 1), key=len, reverse=True))
 GLUED = re.compile(rf"({LONG_NAMES})([A-Za-z]{{1,2}})$")  # sinx, lnx, pir
-SHORT_WORDS = {"yes", "no", "odd", "dne"}  # no products of letters
 DIGITS = {word: str(n) for n, word in enumerate(str.split("zero one two three four five six seven eight nine ten"))}
-STRUCTURE = {"frac", "binom", "sum", "prod", "lfloor", "rfloor", "lceil", "rceil", "pm", "mp", "emptyset"}
-OPERATORS = set("+-*/^=<>%|(){}[],:&'°~") | {"<=", ">=", "!=", "in", "cup", "setminus", "set{", "set}", "row"}
+PREFIXES = {"frac", "binom", "sum", "prod", "lfloor", "lceil", "emptyset"}  # commands that begin a value
+OPERATORS = PREFIXES | {*"+-*/^=<>%|(){}[],:&'°~∈", "<=", ">=", "!=", "cup", "setminus", "set{", "set}", "row"}
+OPERATORS |= {"rfloor", "rceil", "pm", "mp"}
+UNITS = {alias: names.split()[0] for names in str.split((  # every spelling -> the first
+    "cm centimeter centimetre;mm millimeter millimetre;km kilometer kilometre;m meter metre;ft foot feet;in inch inche;"
+    "yd yard;mi mile;kg kilogram;g gram;mg milligram;lb pound;oz ounce;s sec second;min minute;h hr hour;day;week;"
+    "month;mol;mph;year yr;L l liter litre;mL ml milliliter;dollar usd buck;cent;deg degree;rad radian;gallon;"
+    "% percent pct percentage"), ";") for alias in names.split()}  # fmt: skip
+UNIT_SIGNS = {"^", "/", "*", "2", "3", "{", "}"}
+
+
+def unit_name(word: str) -> str | None:
+    """"Inches" -> "in"; None for a word that is no unit."""
+    word = word if word in UNITS else word.lower()
+    return UNITS.get(word) or UNITS.get(word.removesuffix("s")) or UNITS.get(word.removesuffix("es"))
 
 
 class Unparsed(ValueError):
@@ -350,12 +371,12 @@ def tokenise(text: str) -> list[Token]:
         elif kind == "text":
             kind = "number" if value in DIGITS else "name" if value in KNOWN else "text"
             tokens.append(Token(kind, DIGITS.get(value, value)))
-        elif kind == "command" and value.startswith(("quad", "qquad")):  # "\quadx" in real answers
-            position -= len(value) - (5 if value[1] == "q" else 4)
         elif kind in ("command", "op"):
-            value = COMMANDS.get(value, value) if kind == "command" or len(value) == 2 else value
+            value = SPELLINGS.get(value, value) if kind == "command" or len(value) == 2 else value
             kind = "op" if kind == "op" or value in OPERATORS else "name" if value in KNOWN else "command"
             tokens += [Token(kind, value)] if value else []
+        elif kind == "subscript":
+            tokens.append(Token(kind, re.sub(r"[\s{}]", "", value)))
         elif kind != "space":
             kind = {"greek": "name", "environment": "op"}.get(kind, "number")
             tokens.append(Token(kind, GREEK.get(value, value)))
@@ -364,30 +385,20 @@ def tokenise(text: str) -> list[Token]:
 
 def split_word(word: str, before: Token) -> list[Token]:
     """A run of letters: a known name, a unit after a number, "sinx", a product of up to three letters, or a word."""
-    lower = word.lower()
-    if (len(word) == 1 and not (word == "U" and before.text in (")", "]", "set}"))) or word in KNOWN:
+    lower, glued = word.lower(), GLUED.match(word)
+    if len(word) == 1 or word in KNOWN:
         return [Token("name", word)]
-    if word in ("U", "in") and before.kind != "number":
-        return [Token("op", "cup" if word == "U" else "in")]
     if lower in DIGITS:
         return [Token("number", DIGITS[lower])]
-    after_number = before.kind in ("number", "text") or before.text in (")", "}", "/")
-    if lower in ("and", "or"):
-        return [Token("text", lower)]
-    glued = GLUED.match(word)
-    a_unit = after_number and unit_name(word)
-    if a_unit or before.kind == "text" or lower in SHORT_WORDS or (len(word) > 3 and not glued):
-        return [Token("text", "inch" if word == "in" else word)]
+    a_unit = unit_name(word) and (before.kind == "number" or before.text in (")", "}", "/"))
+    if a_unit or before.kind == "text" or lower in ("and", "or", "yes", "no") or (len(word) > 3 and not glued):
+        return [Token("text", lower if lower in ("and", "or") else word)]
     return [Token("name", part) for part in ([glued[1], *glued[2]] if glued else word)]
-
-
-def unit_name(word: str) -> str | None:
-    lower = word if word in UNITS else word.lower()
-    return UNITS.get(lower) or UNITS.get(lower.removesuffix("s")) or UNITS.get(lower.removesuffix("es"))
 
 
 # -- values, and the arithmetic that builds them -----------------------------------------------------------------------
 class Leaf(NamedTuple):
+    """A number or expression: 0.5, 5 cm, x + 1."""
     expr: sympy.Expr  # an inert tree
     approximate: bool = False  # holds a decimal that is no integer
     unit: str = ""  # a known unit, "%" for a percentage
@@ -395,17 +406,28 @@ class Leaf(NamedTuple):
 
 
 class Seq(NamedTuple):
-    kind: str  # by its brackets "()" "[]" "(]" "[)"; "set"; "list" (bare); "union"; "matrix" (of tuples, its rows)
+    """A collection: (1,2), [0,1), {1,2}, "1, 2", a union, a matrix."""
+    kind: str  # by its brackets "()" "[]" "(]" "[)"; "set"; "list" (bare); "union"; "matrix" (of its rows, or a vector)
     items: tuple
 
 
 class Relation(NamedTuple):
+    """A chain of values: x = 5, a = b = 3, 1 < x <= 2, x + y = 7."""
     sides: tuple  # values; None for a side in words ("Area = 5")
-    ops: tuple  # "=", "<", "<=", ">", ">=", "!=", "in"
+    ops: tuple  # "=", "<", "<=", "!=", "∈"; a chain that begins with > is turned round
     names: tuple  # the spelling of each side that only names something (x, x_1, f(x), Area), else ""
 
 
+def is_kind(value, *kinds: str) -> bool:
+    return isinstance(value, Seq) and value.kind in kinds
+
+
+def is_rational(value) -> bool:
+    return getattr(value.expr if isinstance(value, Leaf) else value, "is_Rational", False)
+
+
 def bits(value: Rational) -> int:
+    """The size of a fraction: 7/2 -> 3 + 2."""
     return value.p.bit_length() + value.q.bit_length()
 
 
@@ -415,49 +437,41 @@ def number(text: str) -> Rational:
         whole, top, bottom = (Integer(int(part)) for part in mixed.groups())
         fraction = divide(top, bottom)
         return whole + fraction if fraction < 1 else whole * fraction
-    head, _, period = text.partition("\\")
-    mantissa, _, exponent = head.lower().partition("e")
-    whole, _, decimals = mantissa.partition(".")
-    shift = int(exponent or 0) - len(decimals) if len(exponent) < 6 else MAX_BITS
-    if abs(shift) > MAX_BITS // 4:
+    decimal, _, period = text.partition("\\")
+    mantissa, _, exponent = decimal.lower().partition("e")
+    if len(exponent) > 5:
         raise Unparsed("exponent too large")
-    value = int(whole + decimals or 0) * Integer(10) ** shift
+    value = Rational(f"{mantissa}0" if "." in mantissa else mantissa) * Integer(10) ** int(exponent or 0)
     digits = re.sub(r"\D", "", period)
-    return value + Rational(int(digits), 10 ** len(digits) - 1) * Integer(10) ** shift if digits else value
+    return value + Rational(int(digits or 0), (10 ** len(digits) - 1 or 1) * 10 ** len(mantissa.partition(".")[2]))
 
 
-def fold(kind, neutral: int, items):
-    """An inert sum or product whose rational part is computed."""
-    rational, rest = Integer(neutral), []
+def number_in_base(digits: str, base: str) -> Integer:
+    """52_8 -> 42."""
+    if base not in map(str, range(2, 11)) or any(digit not in "0123456789"[: int(base)] for digit in digits):
+        raise Unparsed("not a number in that base")
+    return Integer(int(digits, int(base)))
+
+
+def fold(kind, neutral: int, *items):
+    """An inert sum or product whose rational part is computed: 1 + x + 2 -> x + 3, 2 * x * 3 -> x * 6."""
+    rational, rest = Integer(neutral), [item for item in items if not item.is_Rational]
     for item in items:
         if item.is_Rational:
             rational = rational + item if kind is Add else rational * item
             if bits(rational) > MAX_BITS:
                 raise Unparsed("number too large")
-        else:
-            rest.append(item)
     if not rest or (kind is Mul and rational == 0):
         return rational
     rest += [rational] if rational != neutral else []
-    if rest == [sympy.oo, -1]:
-        return -sympy.oo
     return kind(*rest, evaluate=False) if len(rest) > 1 else rest[0]
 
 
-def add(*items):
-    return fold(Add, 0, items)
-
-
-def multiply(*items):
-    return fold(Mul, 1, items)
-
-
-def negative(value):
-    return multiply(Integer(-1), value)
+add, multiply = partial(fold, Add, 0), partial(fold, Mul, 1)
 
 
 def power(base, exponent):
-    """Folded only where it is exact and small: 2^-3 -> 1/8, (4/9)^(3/2) -> 8/27; 2^(1/2) stays."""
+    """Computed only where it is exact and small: 2^-3 -> 1/8, (4/9)^(3/2) -> 8/27; 2^(1/2) stays."""
     if base.is_Rational and exponent.is_Rational:
         if base == 0 and exponent <= 0:
             raise Unparsed("0 to a power that is not positive")
@@ -473,6 +487,7 @@ def power(base, exponent):
 
 
 def divide(numerator, denominator):
+    """6, 4 -> 3/2; x, 2 -> x * 1/2."""
     if denominator == 0:
         raise Unparsed("division by zero")
     return multiply(numerator, power(denominator, Integer(-1)))
@@ -482,13 +497,11 @@ def root(value, index):
     r"""The real root of a negative number where the index is odd: \sqrt[3]{-8} -> -2."""
     flip = value.is_Rational and value < 0 and index.is_Integer and index.p % 2
     result = power(-value if flip else value, divide(Integer(1), index))
-    return negative(result) if flip else result
+    return multiply(result, Integer(-1)) if flip else result
 
 
-def apply(name: str, values: list, exponent=None, base=None):
-    """A named function of its arguments; exponent is that of sin^2 x, base that of log_2 x."""
-    if exponent == -1 and f"arc{name}" in FUNCTIONS:
-        name, exponent = f"arc{name}", None
+def apply(name: str, *values):
+    """A function by its name: ln x, |x|, floor(7/2) -> 3, factorial(5) -> 120, binomial(5, 2) -> 10."""
     name, rational = SYMPY_NAMES.get(name, name), all(value.is_Rational for value in values)
     if len(values) != 1 + (name == "binomial"):
         raise Unparsed(f"{name} of {len(values)} values")
@@ -496,13 +509,10 @@ def apply(name: str, values: list, exponent=None, base=None):
         n, *k = values
         if not all(value.is_Integer for value in values) or not 0 <= [*k, n][0] <= n <= (20_000 if k else 3_000):
             raise Unparsed(f"{name} out of range")
-        result = Integer(math.comb(int(n), int(k[0])) if k else math.factorial(int(n)))
-    elif name in ("sqrt", "exp"):
-        result = root(values[0], Integer(2)) if name == "sqrt" else power(sympy.E, values[0])
-    else:
-        result = getattr(sympy, name)(*values, evaluate=rational and name in ("Abs", "floor", "ceiling"))
-    result = divide(result, sympy.log(base, evaluate=False)) if base is not None else result
-    return result if exponent is None else power(result, exponent)
+        return Integer(math.comb(int(n), int(k[0])) if k else math.factorial(int(n)))
+    if name in ("sqrt", "exp"):
+        return root(values[0], Integer(2)) if name == "sqrt" else power(sympy.E, values[0])
+    return getattr(sympy, name)(*values, evaluate=rational and name in ("Abs", "floor", "ceiling"))
 
 
 def tree(value):
@@ -513,42 +523,37 @@ def tree(value):
     return value
 
 
-def times(left, right):
-    """A product; a number times a matrix is a matrix."""
-    if is_kind(left, "matrix") or is_kind(right, "matrix"):
-        matrix, scale = (left, tree(right)) if is_kind(left, "matrix") else (right, tree(left))
-        return Seq("matrix", tuple(tuple(Leaf(multiply(scale, cell.expr)) for cell in row) for row in matrix.items))
-    return multiply(tree(left), tree(right))
-
-
-def is_kind(value, *kinds: str) -> bool:
-    return isinstance(value, Seq) and value.kind in kinds
-
-
-def is_rational(value) -> bool:
-    return getattr(value.expr if isinstance(value, Leaf) else value, "is_Rational", False)
+def product(factors: list):
+    """Of numbers; of numbers and one matrix, entry by entry."""
+    if matrix := next((factor for factor in factors if is_kind(factor, "matrix")), None):
+        others = [factor for factor in factors if factor is not matrix]
+        return Seq("matrix", tuple(product([entry, *others]) for entry in matrix.items))
+    result = multiply(*map(tree, factors))
+    return Leaf(result) if isinstance(factors[0], Leaf) else result  # an entry of a matrix
 
 
 # -- the parser, one method a level: items > relation > union > leaf > sum > term > factor > atom ----------------------
-RELATIONS = {"=", "~", "<", "<=", ">", ">=", "!=", "in"}
+RELATIONS = {"=", "~", "<", "<=", ">", ">=", "!=", "∈"}
+TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 SEPARATORS = RELATIONS | {",", ";", "and", "or"}
-OPENING, CLOSING = {"(", "[", "{", "set{"}, {")", "]", "}", "set}"}
+BRACKETS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "set{": ("set}",)}  # each with what may close it
+PAIRS = {"|": ("|", "Abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-UNIT_SIGNS = {"^", "/", "*", "2", "3", "{", "}"}
-BRACKETS = {"(": ")]", "[": ")]", "{": "}", "set{": ("set}",)}
 ARGUMENT = r"\([A-Za-z0-9_,]{1,40}\)"
-NAME = re.compile(rf"[A-Za-z]+(?:_[A-Za-z0-9]+)?'*(?:\^-1)?(?:{ARGUMENT})?|{ARGUMENT}")
+NAME = re.compile(rf"[A-Za-z]+(?:_[A-Za-z0-9]+)?'*(?:\^-1)?(?:{ARGUMENT})?|{ARGUMENT}")  # x_1, f(x), (x,y)
 EVENT = re.compile(r"[A-Z]\([^()]{1,40}\)")  # P(X = 2)
-REAL_LINE = Seq("()", (Leaf(-sympy.oo), Leaf(sympy.oo)))
+REAL_LINE = Seq("()", (Leaf(multiply(sympy.oo, Integer(-1))), Leaf(sympy.oo)))
 
 
 class Parser:
+    """Recursive descent over the tokens of one answer: "x = 1, 2" -> Relation(x = 1), Leaf(2)."""
+
     def __init__(self, tokens: list[Token]):
         self.tokens, self.at = [*tokens, *[Token("end", "")] * 3], 0  # three, for looking ahead
         self.depth = self.steps = 0
         self.sign, self.two_signs = 1, False  # which of the two values of ± is being read, and whether there is a ±
-        self.approximate, self.unit, self.operations = False, "", 0  # of the leaf being read
-        self.bars = self.in_function = 0
+        self.unit, self.operations = "", 0  # of the leaf being read; operations left to calculate, so far
+        self.bars = 0  # 1 where | closes something
         self.bound: dict[str, Integer] = {}  # summation variables
 
     @property
@@ -560,137 +565,130 @@ class Parser:
         return self.tokens[self.at].kind
 
     def next(self) -> Token:
-        if self.kind == "end":  # never read on from here: a loop over tokens would not stop
-            raise Unparsed("ends too early")
+        self.steps += 1
+        if self.kind == "end" or self.steps > MAX_STEPS:  # a loop over tokens stops here
+            raise Unparsed("ends too early" if self.kind == "end" else "too long")
         self.at += 1
         return self.tokens[self.at - 1]
 
     def accept(self, *texts: str) -> bool:
-        found = self.coming in texts and self.kind != "end"
-        self.at += found
-        return found
+        """Step over the coming token if it is one of these."""
+        return self.coming in texts and self.kind != "end" and bool(self.next())
 
     def expect(self, *texts: str) -> None:
         for text in texts:
             if not self.accept(text):
                 raise Unparsed(f"{text} expected, not {self.coming or 'the end'}")
 
-    def descend(self, level):
-        """One level of the grammar, within the bounds on depth and steps."""
-        self.depth, self.steps = self.depth + 1, self.steps + 1
-        if self.depth > MAX_DEPTH or self.steps > MAX_STEPS:
-            raise Unparsed("too deep" if self.depth > MAX_DEPTH else "too long")
-        value = level()
-        self.depth -= 1
-        return value
-
     def answer(self):
+        """All of the tokens: one value, or a bare list."""
         items = self.items()
         if self.kind != "end":
             raise Unparsed(f"unexpected {self.coming}")
         return items[0] if len(items) == 1 else Seq("list", tuple(items))
 
-    def items(self) -> list:
-        """Values separated by commas, semicolons, "and" or "or"; one with ± is two."""
+    def items(self, expand: bool = True) -> list:
+        r"""Values separated by commas, semicolons, "and" or "or"; one with ± is read twice: 1 \pm 2, 5 -> 3, -1, 5. In
+        (1 \pm 2)/3 it is the whole that has two values, so that brackets other than a set's do not expand it."""
         values, saved = [], (self.sign, self.two_signs)
         while not values or self.accept(",", ";", "and", "or"):
             while values and self.accept("and", "or"):
                 pass
-            start, self.sign, self.two_signs = self.at, 1, False
-            values.append(self.descend(self.relation))
-            if self.two_signs:
+            start = self.at
+            self.sign, self.two_signs = (1, False) if expand else (self.sign, self.two_signs)
+            values.append(self.relation())
+            if expand and self.two_signs:
                 self.at, self.sign = start, -1
-                values.append(self.descend(self.relation))
-        self.sign, self.two_signs = saved
+                values.append(self.relation())
+        self.sign, self.two_signs = saved if expand else (self.sign, self.two_signs)
         return values
 
     def relation(self):
+        """A value, or a chain of them: "x = 5", "Area = 5", "3 > x > 1" as "1 < x < 3", "1/3 ~ 0.33" as 1/3."""
         sides, names, ops = [], [], []
         self.accept("=", "~")  # "≈ 3.14"
         while not sides or (self.kind == "op" and self.coming in RELATIONS):
-            ops += [self.next().text] if sides else []
+            op = self.next().text if sides else ""
             name, words = self.name_ahead()
-            sides.append(None if words else self.union())
-            names.append(name)
             self.at += words
-        if "~" in ops:  # 1/3 ≈ 0.33 is 1/3, but x ≈ 11 is x = 11
-            cut = next((place for place, op in enumerate(ops) if op == "~" and not names[place]), len(ops))
-            sides, names, ops = sides[: cut + 1], names[: cut + 1], ["=" if op == "~" else op for op in ops[:cut]]
+            side = None if words else self.union()
+            if op == "~" and not names[-1]:
+                continue  # the value stands before it; but x ≈ 11 is x = 11
+            sides, names = [*sides, side], [*names, name]
+            ops += ["=" if op == "~" else op] if op else []
+        if ops and ops[0][0] == ">":
+            sides, names, ops = sides[::-1], names[::-1], [TURNED.get(op, op) for op in ops[::-1]]
         return Relation(tuple(sides), tuple(ops), tuple(names)) if ops else sides[0]
 
     def name_ahead(self) -> tuple[str, int]:
-        """(spelling of the coming side if it only names something, its length if it is in words and followed by =)."""
+        r"""(the spelling of a side that only names something: x_1, f(x), (x,y), \cos A, else ""; how many tokens of it
+        to skip, if it is words or an event before "=": Area = 5, P(X=2) = 1/4)."""
         depth, end = 0, self.at
         while (token := self.tokens[end]).kind != "end" and depth >= 0 and (depth or token.text not in SEPARATORS):
-            depth += (token.text in OPENING) - (token.text in CLOSING)
+            depth += (token.text in BRACKETS) - (token.text in (")", "]", "}", "set}"))
             end += 1
         side = self.tokens[self.at : end]
         spelling = "".join(part.text for part in side if part.text not in "{}")
-        if len(side) == 2 and side[0].text in FUNCTIONS and side[1].kind == "name":  # cos A
-            return spelling, 0
-        if len(side) > 40 or any(part.text in FUNCTIONS or part.text in CONSTANTS for part in side):
-            return "", 0
-        if any(part.kind == "text" or (part.kind == "command" and part.text not in STRUCTURE) for part in side):
-            words = token.text in ("=", "~") and all(part.kind != "number" for part in side)
-            return (spelling, len(side)) if words else ("", 0)
-        if EVENT.fullmatch(spelling) and not NAME.fullmatch(spelling):
-            return (spelling, len(side)) if token.text in ("=", "~") else ("", 0)
-        return (spelling, 0) if NAME.fullmatch(spelling) else ("", 0)
+        kinds, named = {part.kind for part in side}, NAME.fullmatch(spelling)
+        words = not kinds.isdisjoint(("text", "command"))
+        event = EVENT.fullmatch(spelling) and not named
+        if token.text in ("=", "~") and (event or (words and "number" not in kinds)):
+            return spelling, len(side)
+        known = any(part.text in FUNCTIONS or part.text in CONSTANTS for part in side)
+        cos_a = len(side) == 2 and side[1].kind == "name"
+        return (spelling if named and not words and (not known or cos_a) else ""), 0
 
     def union(self):
+        r"""(-\infty,1) \cup \{2\}; \mathbb{R} \setminus \{1\} as two intervals."""
         pieces = [self.leaf()]
-        if self.accept("setminus"):
-            points = self.leaf()
-            if pieces != [REAL_LINE] or not is_kind(points, "set") or not all(map(is_rational, points.items)):
-                raise Unparsed("a difference of sets")
-            return intervals_between(points.items)
+        if pieces == [REAL_LINE] and self.accept("setminus"):
+            return complement(self.leaf())
         while self.accept("cup"):
             pieces.append(self.leaf())
         return Seq("union", tuple(pieces)) if len(pieces) > 1 else pieces[0]
 
     def leaf(self):
         """A sum with its unit or percent sign; or a bracketed value; or words (a str)."""
-        outer = self.approximate, self.unit, self.operations
-        self.approximate, self.unit, self.operations = False, "dollar" if self.accept("dollar") else "", 0
+        start, before, outer = self.at, self.operations, self.unit
+        self.unit = "dollar" if self.accept("dollar") else ""
         if self.kind == "text" and not self.unit:
-            words = []
             while self.kind in ("text", "name") and self.coming not in SEPARATORS:
-                words.append(self.next().text.casefold())
-            value = " ".join(words)
-        else:
-            value = self.descend(self.sum)
-            if isinstance(value, sympy.Expr):
-                if self.coming in SCALES:
-                    value = multiply(value, Integer(10) ** SCALES[self.next().text])
-                self.unit_tail(bool(value.free_symbols))
-                value = Leaf(value, self.approximate, self.unit, self.operations < 2)
-        self.approximate, self.unit = outer[0] or self.approximate, outer[1]
-        self.operations += outer[2]
+                self.next()
+            return " ".join(token.text.casefold() for token in self.tokens[start : self.at])
+        value = self.sum()
+        if isinstance(value, sympy.Expr):
+            if self.coming in SCALES:  # 2 million
+                value = multiply(value, Integer(10) ** SCALES[self.next().text])
+            self.unit_tail(bool(value.free_symbols))
+            approximate = any(is_decimal(token) for token in self.tokens[start : self.at])
+            value = Leaf(value, approximate, self.unit, self.operations - before < 2)
+        self.unit = outer
         return value
 
     def unit_tail(self, symbolic: bool) -> None:
-        r"""What follows a number: 5 cm, 64 square feet, 3 \text{m/s}^2, 42 apples, 33 pct; others are dropped."""
-        words, start = [], self.at
+        r"""What follows a number: 33 pct, 5 cm, 3 \text{m/s}^2, 64 ft^2; other words (42 apples) are dropped."""
+        words, start = ["%"] if self.accept("%") else [], self.at
         while self.kind == "text" or (words and (self.kind == "name" or self.coming in UNIT_SIGNS)):
             if self.coming in SEPARATORS or (self.coming == "}" and "{" not in words):
                 break
             words.append(self.next().text)
         units = [word if word in UNIT_SIGNS else unit_name(word) for word in words]
-        if None in units and (symbolic or any(token.kind == "name" for token in self.tokens[start : self.at])):
+        if None not in units:
+            self.unit = re.sub("[{}]", "", "".join(units)) or self.unit
+        elif symbolic or any(token.kind == "name" for token in self.tokens[start : self.at]):
             raise Unparsed("words after a formula")
-        if words and None not in units:
-            scale = {"sq": "^2", "cubic": "^3"}.get(units[0], "")
-            self.unit = "%" if units[0] == "percent" else re.sub("[{}]", "", "".join(units[bool(scale) :])) + scale
 
     def sum(self):
+        """2x - y + 1; a leading sign."""
         terms = []
         while not terms or self.coming in ("+", "-", "pm", "mp"):
             self.operations += 2 * bool(terms)
             sign, term = self.signs(), self.term()
-            terms.append(term if sign > 0 else times(Integer(-1), term))
+            terms.append(term if sign > 0 else product([term, Integer(-1)]))
         return terms[0] if len(terms) == 1 else add(*map(tree, terms))
 
     def signs(self) -> int:
+        """Any run of signs: "--" -> 1; ± and ∓ as self.sign says."""
         sign = 1
         while self.coming in ("+", "-", "pm", "mp"):
             token = self.next().text
@@ -699,129 +697,135 @@ class Parser:
         return sign
 
     def term(self):
-        value = self.descend(self.factor)
+        """A product or quotient: "2x/3 y" is 2, x, 1/3, y."""
+        factors = [self.factor()]
         while True:
             op = self.coming if self.kind == "op" and self.coming in ("*", "/", ":" if not self.bars else "/") else ""
             if not op and not self.starts_factor():
-                return value
+                return factors[0] if len(factors) == 1 else product(factors)
             if not op and self.kind == self.tokens[self.at - 1].kind == "number":
                 raise Unparsed("two numbers side by side")
             self.at += bool(op)
             scientific = op == "*" and self.coming == "10" and self.tokens[self.at + 1].text == "^"
-            sign, right = self.signs() if op else 1, self.descend(self.factor)
-            right = times(Integer(-1), right) if sign < 0 else right
+            sign, right = Integer(self.signs() if op else 1), self.factor()
             if op in ("/", ":"):
                 self.operations += 1
-                value = divide(tree(value), tree(right))
+                factors.append(divide(sign, tree(right)))
             else:  # a product of numbers is something left to calculate; 3 × 10^5 and 2π are not
-                self.operations += 2 * (is_rational(value) and is_rational(right) and not scientific)
-                value = times(value, right)
+                self.operations += 2 * (is_rational(right) and any(map(is_rational, factors)) and not scientific)
+                factors += [right] if sign > 0 else [right, sign]
 
     def starts_factor(self) -> bool:
+        """Whether an implicit product goes on: 2x, 2(3), 2\\frac12."""
         kind, text = self.tokens[self.at]
-        if kind == "command":
-            return text in STRUCTURE and text not in ("rfloor", "rceil", "pm", "mp")
-        return kind in ("number", "name") or text in ("(", "[", "{", "|"[self.bars :]) or text.startswith("begin{")
+        opens = text in PREFIXES or text in ("(", "[", "{", "|"[self.bars :]) or text.startswith("begin{")
+        return kind in ("number", "name") or (kind == "op" and opens)
 
     def factor(self):
-        value = self.descend(self.atom)
-        while self.kind == "op" and self.coming in ("^", "°", "!", "%"):
+        """An atom with its powers, factorials and degrees: x^2, n!, 30°."""
+        value = self.atom()
+        while self.kind == "op" and self.coming in ("^", "°", "!"):
             op = self.next().text
             if op == "^":
-                value = power(tree(value), self.descend(self.exponent))
+                value = power(tree(value), self.exponent())
             elif op == "!":
-                value, self.steps = apply("factorial", [tree(value)]), self.steps + 50
-            elif op == "°" and self.in_function:
-                value = divide(multiply(tree(value), sympy.pi), Integer(180))
-            elif op == "°" or self.kind == "end" or self.coming in SEPARATORS | CLOSING:
-                self.unit = "deg" if op == "°" else "%"
+                value, self.steps = apply("factorial", tree(value)), self.steps + 50
             else:
-                value = divide(tree(value), Integer(100))
+                self.unit = "deg"
         return value
 
     def exponent(self):
         """What follows ^: one signed atom, itself perhaps raised (right to left)."""
-        sign, value = self.signs(), tree(self.descend(self.atom))
+        self.depth += 1
+        sign, value = self.signs(), tree(self.atom())
         if self.accept("^"):
-            value = power(value, self.descend(self.exponent))
-        return value if sign > 0 else negative(value)
+            value = power(value, self.exponent())
+        self.depth -= 1
+        return value if sign > 0 else multiply(value, Integer(-1))
 
     def atom(self):
-        kind, text = self.next()
+        """The smallest value. Every recursion of the parser passes here: this is where depth is bounded."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unparsed("too deep")
+        value = self.read(*self.next())
+        self.depth -= 1
+        return value
+
+    def read(self, kind: str, text: str):
+        """What begins with this token, by its kind."""
         if kind == "number":
-            value = number(text)
-            self.approximate |= "." in text and "\\" not in text and not value.is_Integer
             self.operations += "frac" in text or "/" in text
-            if text.isdigit() and self.accept("_"):  # 52_8
-                base = tree(self.descend(self.atom))
-                if not (base.is_Integer and 2 <= base <= 10) or any(int(digit) >= base for digit in text):
-                    raise Unparsed("not a number in that base")
-                value = Integer(int(text, int(base)))
-            return value
+            return number_in_base(text, self.next().text[1:]) if self.kind == "subscript" else number(text)
         if kind == "name":
-            if text in self.bound:
-                return self.bound[text]
             return self.function(text) if text in FUNCTIONS else self.symbol(text)
-        if text in OPENING:
+        if text in BRACKETS:
             return self.group(text)
-        if text == "|":
-            self.bars += 1
-            value = apply("Abs", [tree(self.descend(self.sum))])
-            self.expect("|")
-            self.bars -= 1
+        if text in ("frac", "binom"):
+            top, bottom = self.digit_or_atom(), self.digit_or_atom()
+            self.operations += text == "frac"
+            return divide(top, bottom) if text == "frac" else apply("binomial", top, bottom)
+        if text in PAIRS:  # |x|, floor and ceiling
+            closing, name = PAIRS[text]
+            outer, self.bars = self.bars, int(text == "|")
+            value = apply(name, tree(self.sum()))
+            self.expect(closing)
+            self.bars = outer
             return value
-        if text == "ℝ":
-            return REAL_LINE
+        if text in ("emptyset", "ℝ"):
+            return REAL_LINE if text == "ℝ" else Seq("set", ())
+        if text in ("sum", "prod"):
+            return self.series(add if text == "sum" else multiply)
         if text.startswith("begin{"):
             return self.matrix(text)
-        if kind == "command" and text in STRUCTURE:
-            return self.structure(text)
         raise Unparsed(f"{text or 'the end'} is not a value")
 
     def symbol(self, name: str):
         """A constant, a variable with its subscript and primes, or an undefined function f, g, h of arguments."""
-        if name in CONSTANTS and self.coming != "_":
-            return CONSTANTS[name]
-        if self.accept("_"):
-            part = [self.next()]
-            while part[0].text == "{" and part[-1].text != "}":
-                part.append(self.next())
-                if part[-1].kind not in ("number", "name", "text") and part[-1].text not in (",", "}"):
-                    raise Unparsed("a subscript that is not a name")
-            name += "_" + "".join(token.text for token in part if token.text not in "{}")
+        if name in self.bound or (name in CONSTANTS and self.kind != "subscript"):
+            return self.bound.get(name, CONSTANTS.get(name))
+        name += self.next().text if self.kind == "subscript" else ""
         while self.accept("'"):
             name += "'"
         raised = self.coming == "^" and self.tokens[self.at + 2].text == "("  # f^2(x)
         if name[0] in "fghFGH" and (self.coming == "(" or raised):
-            exponent = self.descend(self.exponent) if self.accept("^") else Integer(1)
+            exponent = self.exponent() if self.accept("^") else Integer(1)
             return power(sympy.Function(name)(*self.arguments()), exponent)
         return Symbol(name)
 
     def arguments(self) -> list:
+        """(x, y) of a function."""
         value = self.group(self.next().text)
         return [tree(item) for item in (value.items if isinstance(value, Seq) else [value])]
 
     def function(self, name: str):
-        exponent, base, index = None, Integer(10) if name == "lg" else None, None
-        if name == "sqrt" and self.accept("["):
-            index = tree(self.group("["))
-        for _ in range(2):
-            if name == "log" and self.accept("_"):
-                base = self.digit_or_atom() if self.coming != "10" else number(self.next().text)
-            elif name != "sqrt" and self.accept("^"):
-                exponent = self.descend(self.exponent)
-        self.in_function += 1
+        r"""\sin^2 x, \sin^{-1} x, \log_2 8, \sqrt[3]{2}, \sin 30^\circ; sin 2x cos x is sin(2x) cos(x)."""
+        base, exponent, unit = Integer(10) if name == "lg" else None, None, self.unit
+        index = tree(self.group("[")) if name == "sqrt" and self.accept("[") else Integer(2)
+        if name == "log" and self.kind == "subscript":
+            base = tree(Parser(tokenise(self.next().text[1:])).answer())  # log_2, log_{10}, log_a
+        elif name == "log" and self.accept("_"):
+            base = tree(self.atom())
+        if name != "sqrt" and self.accept("^"):
+            exponent = self.exponent()
+            if exponent == -1 and f"arc{name}" in FUNCTIONS:
+                name, exponent = f"arc{name}", None
         if self.coming in ("(", "{"):
             values = self.arguments()
         elif name == "sqrt":
-            values = [tree(self.descend(self.atom))]
-        else:  # sin 2x cos x is sin(2x) cos(x)
-            sign, value = self.signs(), tree(self.descend(self.factor))
+            values = [tree(self.atom())]
+        else:
+            factors = [Integer(self.signs()), tree(self.factor())]
             while self.starts_factor() and self.coming not in FUNCTIONS | {"(", "["}:
-                value = multiply(value, tree(self.descend(self.factor)))
-            values = [value if sign > 0 else negative(value)]
-        self.in_function -= 1
-        return apply(name, values, exponent, base) if index is None else root(values[0], index)
+                factors.append(tree(self.factor()))
+            values = [multiply(*factors)]
+        if name == "log" and len(values) == 2:
+            base = values.pop()
+        if self.unit == "deg" and unit != "deg":
+            values, self.unit = [divide(multiply(value, sympy.pi), Integer(180)) for value in values], unit
+        result = root(values[0], index) if name == "sqrt" else apply(name, *values)
+        result = divide(result, apply("log", base)) if base is not None else result
+        return result if exponent is None else power(result, exponent)
 
     def digit_or_atom(self):
         r"""\frac12 is 1/2: of a number only the first digit; the rest becomes a token of its own."""
@@ -829,12 +833,12 @@ class Parser:
             text = self.next().text
             self.tokens[self.at - 1 : self.at] = [Token("number", part) for part in (text[0], text[1:]) if part]
             return number(text[0])
-        return tree(self.descend(self.atom))
+        return tree(self.atom())
 
     def group(self, opening: str):
-        """What stands in brackets: one value, or several."""
-        outer, self.bars = self.bars, int(opening == "set{")  # in {x | x > 0} the bar is no absolute value
-        items = [] if opening == "set{" and self.coming == "set}" else self.items()
+        """What stands in brackets: one value, or several; {x | x > 0} is what stands after the bar."""
+        outer, self.bars = self.bars, int(opening == "set{")
+        items = [] if opening == "set{" and self.coming == "set}" else self.items(expand=opening == "set{")
         if opening == "set{" and self.accept("|", ":"):
             items = self.items()
         closing, self.bars = self.next().text, outer
@@ -847,61 +851,61 @@ class Parser:
             return Seq(opening + closing, tuple(items))
         if not isinstance(items[0], Leaf):
             return items[0]
-        self.unit = self.unit or items[0].unit.replace("%", "")
-        return divide(items[0].expr, Integer(100)) if items[0].unit == "%" else items[0].expr
+        if items[0].unit == "%":
+            return divide(items[0].expr, Integer(100))
+        self.unit = self.unit or items[0].unit
+        return items[0].expr
 
     def matrix(self, begin: str) -> Seq:
+        r"""\begin{pmatrix}1&2\\3&4\end{pmatrix}: a matrix of its rows; one row or column: of its entries."""
         rows: list[list] = [[]]
         while begin.endswith(("{matrix}", "pmatrix}", "bmatrix}", "array}")) and not self.coming.startswith("end{"):
-            rows[-1].append(self.union())
+            rows[-1].append(self.leaf())
             if self.accept("row"):
                 rows += [] if self.coming.startswith("end{") else [[]]
             elif not self.accept("&") and not self.coming.startswith("end{"):
                 raise Unparsed("a matrix is not closed")
-        self.at += 1
-        even = rows[0] and len({*map(len, rows)}) == 1
-        if not even or not all(isinstance(cell, Leaf) for row in rows for cell in row):
+        self.next()
+        if not rows[0] or len({*map(len, rows)}) > 1 or not all(isinstance(cell, Leaf) for cell in chain(*rows)):
             raise Unparsed("not a matrix")
-        return Seq("matrix", tuple(map(tuple, rows)))
+        if len(rows) == 1 or len(rows[0]) == 1:
+            return Seq("matrix", tuple(chain(*rows)))
+        return Seq("matrix", tuple(Seq("matrix", tuple(row)) for row in rows))
 
-    def structure(self, name: str):
-        if name in ("frac", "binom"):
-            top, bottom = self.digit_or_atom(), self.digit_or_atom()
-            self.operations += name == "frac"
-            return divide(top, bottom) if name == "frac" else apply("binomial", [top, bottom])
-        if name in ("lfloor", "lceil"):
-            value = apply(name[1:], [tree(self.descend(self.sum))])
-            self.expect("r" + name[1:])
-            return value
-        if name == "emptyset":
-            return Seq("set", ())
-        if name not in ("sum", "prod"):
-            raise Unparsed(f"\\{name} is not expected")
-        self.expect("_", "{")  # \sum_{k=a}^{b} term with integers a and b: the term is read once for each k
+    def series(self, combine):
+        r"""\sum_{k=a}^{b} term with integers a and b: the term is read once for each k."""
+        self.expect("_", "{")
         variable = self.next().text
         self.expect("=")
-        low = tree(self.descend(self.sum))
+        low = tree(self.sum())
         self.expect("}", "^")
-        high = tree(self.descend(self.atom))
+        high = tree(self.atom())
         if not (low.is_Integer and high.is_Integer and 0 <= high - low < MAX_STEPS):
             raise Unparsed("not a simple sum")
         start, values, outer = self.at, [], self.bound
         for k in range(int(low), int(high) + 1):
             self.at, self.bound = start, {**outer, variable: Integer(k)}
-            values.append(tree(self.descend(self.term)))
+            values.append(tree(self.term()))
         self.bound = outer
-        return add(*values) if name == "sum" else multiply(*values)
+        return combine(*values)
 
 
-def intervals_between(points) -> Seq:
-    ends = [Leaf(-sympy.oo), *sorted(points, key=lambda leaf: leaf.expr), Leaf(sympy.oo)]
+def is_decimal(token: Token) -> bool:
+    r"""0.33 was perhaps rounded; 2.0 and 0.\overline{3} are exact."""
+    return token.kind == "number" and "." in token.text and "\\" not in token.text and not number(token.text).is_Integer
+
+
+def complement(points) -> Seq:
+    """The real line without a set of rational points, as intervals."""
+    if not is_kind(points, "set") or not all(map(is_rational, points.items)):
+        raise Unparsed("a difference of sets")
+    ends = [REAL_LINE.items[0], *sorted(points.items, key=lambda leaf: leaf.expr), REAL_LINE.items[1]]
     return Seq("union", tuple(Seq("()", pair) for pair in pairwise(ends)))
 
 
 def leaves(value, depth: int = 0) -> int:
     """The number of values in collections within collections; too deep a nest counts as too many."""
     inside = value.sides if isinstance(value, Relation) else value.items if isinstance(value, Seq) else ()
-    inside = sum(inside, ()) if is_kind(value, "matrix") else inside
     if inside and depth == 4:
         return MAX_LEAVES + 1
     return sum(leaves(item, depth + 1) for item in inside) if inside else 1
@@ -915,7 +919,8 @@ class Parsed(NamedTuple):
 
 @lru_cache(maxsize=512)
 def parse(text: str, thousands: bool = True) -> Parsed:
-    """A whole answer. What is not in the grammar, or beyond the limits, is text and nothing else."""
+    """A whole answer: "1/2" -> Leaf(1/2). What is not in the grammar, or beyond the limits, is text and nothing else:
+    "5 +" -> None, "ends too early"."""
     if len(text) > MAX_ANSWER:
         return Parsed(text, None, "longer than the limit")
     text = normalise(text, thousands)
@@ -932,21 +937,22 @@ def parse(text: str, thousands: bool = True) -> Parsed:
 
 
 # -- the values of inert trees at fixed points -------------------------------------------------------------------------
+# No rewriting comes first (expand, cancel, trigonometric identities …): what it could show these points show too, with
+# bounded work, while expand does not come back from (x^200000 - 1)/(x - 1) nor cancel from e^(10^9 ln 2).
 NUMBERS, LOCK = MPContext(), threading.RLock()  # our own mpmath context; its precision is set under the lock
 EVALUATORS = {
     **{getattr(sympy, name): name for name in str.split("sin cos tan cot sec csc sinh cosh tanh asin acos atan floor")},
     sympy.log: "ln", sympy.Abs: "fabs", sympy.ceiling: "ceil", sympy.factorial: "factorial", sympy.binomial: "binomial",
 }  # fmt: skip
-REAL_ONLY, GAMMAS = {sympy.Abs, sympy.floor, sympy.ceiling}, {sympy.factorial, sympy.binomial}
-PRECISIONS = (192, 768, 3_072, 12_288)  # bits
+GAMMAS = {sympy.factorial, sympy.binomial}
 
 
 def point(name: str, k: int, real: bool):
     """A variable's k-th value: near the positive axis, where roots and logarithms behave; or real, of both signs."""
     noise = zlib.crc32(f"{name} {k}".encode("utf-8", "replace"))
     size, tilt = 0.3 + (noise & 0xFFFF) / 0x8000, 0.05 + (noise >> 16) / 0x50000
-    negative = k == 1 or (k > 1 and noise >> 20 & 1)
-    return NUMBERS.mpf(-size if negative else size) if real else NUMBERS.mpc(size, tilt)
+    below = k == 1 or (k > 1 and noise >> 20 & 1)
+    return NUMBERS.mpf(-size if below else size) if real else NUMBERS.mpc(size, tilt)
 
 
 def evaluate(expr, k: int, real: bool):
@@ -985,21 +991,26 @@ def evaluate(expr, k: int, real: bool):
 
 
 @lru_cache(maxsize=512)
-def survey(expr) -> tuple[int, int, int, bool, bool]:
-    """(bits of the largest rational, nodes, cost of its functions, has variables, needs real points)."""
-    nodes = list(sympy.preorder_traversal(expr))
-    kinds = [node.func for node in nodes if node.args and node.func not in (Add, Mul)]
-    variable = any(node.is_Symbol for node in nodes) or not {*EVALUATORS, Pow}.issuperset(kinds)
-    largest = max((bits(node) for node in nodes if node.is_Rational), default=0)
-    cost = sum(30 if kind in GAMMAS else 1 for kind in kinds)
-    return largest, len(nodes), cost, variable, not REAL_ONLY.isdisjoint(kinds)
+class Facts:
+    """What chooses the points for a tree, and bounds the work on it."""
+
+    def __init__(self, expr):
+        nodes = list(sympy.preorder_traversal(expr))
+        inner = [node for node in nodes if node.args and node.func not in (Add, Mul)]
+        kinds = {node.func for node in inner}
+        roots = [node for node in inner if node.func is sympy.log or (node.func is Pow and not node.exp.is_Integer)]
+        self.nodes, self.cost = len(nodes), sum(30 if node.func in GAMMAS else 1 for node in inner)
+        self.bits = max((bits(node) for node in nodes if node.is_Rational), default=0)
+        self.variable = any(node.is_Symbol for node in nodes) or not {*EVALUATORS, Pow}.issuperset(kinds)
+        self.real = not kinds.isdisjoint((sympy.Abs, sympy.floor, sympy.ceiling))  # of real numbers
+        self.rooted = any(node.args[0].free_symbols for node in roots)  # of positive numbers
 
 
 @lru_cache(maxsize=4096)
 def value_at(expr, k: int, real: bool, precision: int):
     """evaluate, remembered; None where there is no value, or where it would take too much work."""
-    _, nodes, functions, *_ = survey(expr)
-    if nodes * precision // 64 + functions * (precision // 64) ** 2 > MAX_WORK:
+    simple, hard = precision // 64 + (precision // 4096) ** 2, (precision // 64) ** 2  # of a division, of a sine
+    if Facts(expr).nodes * simple + Facts(expr).cost * hard > MAX_WORK:
         return None
     NUMBERS.prec = precision
     try:
@@ -1024,59 +1035,75 @@ def equal_at(x, y, k: int, real: bool, precision: int, approximate: bool) -> boo
     return True
 
 
-def sampling(*exprs) -> tuple[range, bool, int]:
-    """(points, whether real, precision): one point for constants; more precision for larger numbers."""
-    largest, _, _, variable, real = map(max, zip(*map(survey, exprs)))
-    precision = next((p for p in PRECISIONS if 2 * largest + 64 <= p), 4 * MAX_BITS)
-    return range((8 if real else 5) if variable else 1), real, precision
+def sampling(x, y) -> tuple[int, bool, int]:
+    """(number of points, whether real, precision): one point for constants; more bits for larger numbers; points of
+    both signs where only one side has a root, so that \\sqrt{x^2} is not x."""
+    one, other = Facts(x), Facts(y)
+    real = one.real or other.real or one.rooted != other.rooted
+    precision = 192
+    while precision < 2 * max(one.bits, other.bits) + 64:
+        precision *= 2
+    return (8 if real else 5) if one.variable or other.variable else 1, real, precision
 
 
 def same_tree(x, y, approximate: bool = False) -> bool:
-    """Two inert trees: by structure, as exact numbers, by their values at fixed points. No rewriting: what sympy's
-    simplifications could show these points show too, in bounded time."""
+    """Two inert trees: by structure, as exact numbers, by their values at fixed points."""
     if x == y:
         return True
     if x.is_Rational and y.is_Rational:
         return approximate and abs(x - y) * 10**6 <= max(abs(x), abs(y))
     with LOCK:
-        ks, real, precision = sampling(x, y)
+        count, real, precision = sampling(x, y)
         agreed = 0
-        for k in ks:
+        for k in range(count):
             if (verdict := equal_at(x, y, k, real, precision, approximate)) is False:
                 return False
             agreed += bool(verdict)
-    return 2 * agreed > len(ks)
+    return 2 * agreed > count
+
+
+def proportional(x, y, positive: bool) -> bool:
+    """x = c y with a constant c that is not 0 (positive, for inequalities); or both vanish everywhere."""
+    zeros = [same_tree(expr, Integer(0)) for expr in (x, y)]
+    if any(zeros):
+        return all(zeros)
+    with LOCK:
+        _, real, precision = sampling(x, y)
+        precision *= 2  # near a large constant C the ratio of different sides varies by 1/C²
+        pairs = [(value_at(x, k, real, precision), value_at(y, k, real, precision)) for k in range(4)]
+        if any(None in pair or not pair[1] for pair in pairs):
+            return False
+        NUMBERS.prec = precision
+        first, *others = (left / right for left, right in pairs)
+        limit = NUMBERS.ldexp(abs(first), -precision // 2)
+        return all(abs(ratio - first) <= limit for ratio in others) and (not positive or first.real > 0)
 
 
 # -- comparison of values ----------------------------------------------------------------------------------------------
 # kind                     equal when                                              not equal
 # numbers                  exactly; a decimal to a relative 1e-6                   0.33 and 1/3; 2.23 and 2.232
-# expressions              the same values at fixed points                         x and X; e^x and e^x + C
-# percent, degrees, units  5% is 5 or 0.05; known units must agree                 5 cm and 5 m
+# expressions              the same values at fixed points                         x and X; √(x²) and x; e^x and e^x + C
+# percent, degrees, units  5% is 5 or 0.05; 50 cents are $0.50; units must agree   5 cm and 5 m
 # x = 5, a = b = 5         as 5; both named: the same name                         x = 5 and y = 5; a + b = 0 and 0
 # other equations          left - right are proportional                           x = y and |x| = |y|
-# inequalities             the same intervals; or proportional, the same sign      x < 1 and x <= 1
+# inequalities             the same variable and intervals; or proportional        x < 1 and x <= 1, nor y < 1
 # intervals, unions        the same ends and brackets; unions in any order         (0,1) and [0,1]
 # tuples, matrices         entry by entry, in order                                (1,2) and (2,1); (1,2) and {1,2}
 # sets, bare lists         in any order; a bare list also as a tuple, in order     {1,2} and {1,2,3}; 1 and {1,2}
 # words, unparsed          the same text                                           what did not parse and anything else
 def same(left, right) -> bool:
+    """By the table above: relations by what they say, leaves by value, collections by their items."""
     left, right = single(left), single(right)
     if isinstance(left, Relation) and isinstance(right, Relation):
         return same_relation(left, right)
-    for one, other in ((left, right), (right, left)):
-        if isinstance(one, Relation) and (value := meaning(one)) is not None:
-            return same(value, other)
-        if (region := as_region(one)) is not None and (as_region(other) or is_kind(other, *REGIONS)):
-            return same(region, as_region(other) or other)
+    if isinstance(left, Relation) or isinstance(right, Relation):
+        left, right = (meaning(side) if isinstance(side, Relation) else side for side in (left, right))
+        return None not in (left, right) and same(left, right)
     if isinstance(left, Leaf) and isinstance(right, Leaf):
         return same_leaf(left, right)
     if isinstance(left, Seq) and isinstance(right, Seq):
         return same_seq(left, right)
     return isinstance(left, str) and left == right
-
-
-REGIONS = ("()", "[]", "(]", "[)", "union", "set")
 
 
 def single(value):
@@ -1089,122 +1116,87 @@ def single(value):
     return value
 
 
+PER_CENT = Rational(1, 100)
+BASE_UNITS = {"%": ("", PER_CENT), "deg": ("", divide(sympy.pi, Integer(180))), "cent": ("dollar", PER_CENT)}
+
+
 def same_leaf(left: Leaf, right: Leaf) -> bool:
-    approximate, units = left.approximate or right.approximate, {left.unit, right.unit}
-    if same_tree(left.expr, right.expr, approximate):
-        return len(units - {"", "%", "deg"}) < 2
-    scale = {"%": Rational(1, 100), "deg": divide(sympy.pi, Integer(180))}
-    left, right = (multiply(leaf.expr, scale.get(leaf.unit, Integer(1))) for leaf in (left, right))
-    return len(units) == 2 and bool(units & scale.keys()) and same_tree(left, right, approximate)
+    """Numbers with or without units: 5 cm is 5 and not 5 m; 50% is 50 and 0.5; 50 cents is 50 and $0.50."""
+    for scaled in (False, True):
+        values, units = [left.expr, right.expr], [left.unit, right.unit]
+        for place, unit in enumerate(units):
+            if scaled and unit in BASE_UNITS:
+                units[place], values[place] = BASE_UNITS[unit][0], multiply(values[place], BASE_UNITS[unit][1])
+        alike = units[0] == units[1] or "" in units
+        if alike and same_tree(*values, approximate=left.approximate or right.approximate):
+            return True
+        if left.unit == right.unit:
+            return False
+    return False
 
 
 def is_constant(value) -> bool:
-    return isinstance(value, Leaf) and not survey(value.expr)[3]
+    """2 + 3 or sqrt 2; not x, not f(2)."""
+    return isinstance(value, Leaf) and not Facts(value.expr).variable
 
 
 def meaning(relation: Relation):
-    """What x = 5, f(x) = 5, 2 + 3 = 5, Area = 5 or x in {5} says: the last value; None for a real equation."""
-    sides, names = relation.sides, relation.names
-    if any(op not in ("=", "in") for op in relation.ops):
+    """What a relation says of one thing. The value: x = 5, f(x) = 5, 2 + 3 = 5, Area = 5, x in {5} -> 5. Intervals, for
+    inequalities in one variable with constant ends: 1 < x <= 2 -> (1,2]. None for a real equation."""
+    sides, ops, names = relation
+    if all(op in ("=", "∈") for op in ops):
+        if len(sides) == 2 and names[1] and not names[0] and is_constant(sides[0]):
+            return sides[0]
+        calculated = is_constant(sides[-1]) and (len(sides) > 2 or is_constant(sides[0]))
+        return sides[-1] if names[0] or calculated else None
+    place = next((place for place, side in enumerate(sides) if names[place] and not is_constant(side)), None)
+    ends = [side for other, side in enumerate(sides) if other != place]
+    if place is None or not all(map(is_constant, ends)):
         return None
-    if len(sides) == 2 and names[1] and not names[0] and is_constant(sides[0]):
-        return sides[0]
-    return sides[-1] if names[0] or (is_constant(sides[-1]) and (len(sides) > 2 or is_constant(sides[0]))) else None
+    if ops == ("!=",):
+        return complement(Seq("set", tuple(ends))) if is_rational(ends[0]) else None
+    if any(op[0] != "<" for op in ops) or len(sides) > 3 or (len(sides) == 3 and place != 1):
+        return None
+    low, high = (ends[0] if place else REAL_LINE.items[0]), (ends[-1] if place + 1 < len(sides) else REAL_LINE.items[1])
+    left, right = place and ops[place - 1] == "<=", place < len(ops) and ops[place] == "<="
+    return Seq("[("[not left] + "])"[not right], (low, high))
 
 
 def same_relation(left: Relation, right: Relation) -> bool:
-    values, names = [meaning(left), meaning(right)], [side.names[0] or side.names[-1] for side in (left, right)]
-    if None not in values and all(names):  # also Area = 5 and x = 5; f(x) = 2x and y = 2x
-        loose = None in left.sides + right.sides or ("(" in names[0]) != ("(" in names[1])
-        if (names[0] == names[1] or loose) and same(*values):
-            return True
-    elif None not in (regions := [as_region(left), as_region(right)]):
-        return same(*regions)
+    """x = 5 and 5 = x; y = 2x + 1 and 2x - y + 1 = 0; x > 1 and -2 > -2x; not x = 5 and y = 5."""
+    values, names = [meaning(left), meaning(right)], [next(filter(None, side.names), "") for side in (left, right)]
+    loose = None in left.sides + right.sides or ("(" in names[0]) != ("(" in names[1])
+    if None not in values and (loose or names[0] == names[1]) and same(*values):
+        return True  # also Area = 5 and x = 5; f(x) = 2x and y = 2x
     steps, others = steps_of(left), steps_of(right)
-    return 0 < len(steps) == len(others) and any(
-        all(a[1] == b[1] and proportional(a[0], b[0], "<" in a[1]) for a, b in zip(steps, order))
-        for order in (others, others[::-1]))  # fmt: skip
+    return 0 < len(steps) == len(others) and all(
+        op == sign and proportional(x, y, "<" in op) for (x, op), (y, sign) in zip(steps, others))  # fmt: skip
 
 
 def steps_of(relation: Relation) -> list:
     """Each adjacent pair as (difference, sign): difference = 0, < 0, <= 0 or != 0."""
-    steps = []
-    for left, op, right in zip(relation.sides, relation.ops, relation.sides[1:]):
-        if not isinstance(left, Leaf) or not isinstance(right, Leaf) or op == "in":
-            return []
-        left, right = (left, right) if op[0] != ">" else (right, left)
-        steps.append((add(left.expr, negative(right.expr)), op.replace(">", "<")))
-    return steps
+    if not all(isinstance(side, Leaf) for side in relation.sides) or not {*relation.ops} <= {"=", "<", "<=", "!="}:
+        return []
+    pairs = pairwise(side.expr for side in relation.sides)
+    return [(add(left, multiply(right, Integer(-1))), op) for (left, right), op in zip(pairs, relation.ops)]
 
 
-def proportional(x, y, positive: bool) -> bool:
-    """x = c y with a constant c that is not 0 (positive, for inequalities); or both vanish everywhere."""
-    zeros = [same_tree(expr, Integer(0)) for expr in (x, y)]
-    if any(zeros):
-        return all(zeros)
-    with LOCK:
-        _, real, precision = sampling(x, y)
-        precision *= 4  # near a large constant the ratio of different sides hardly varies
-        pairs = [(value_at(x, k, real, precision), value_at(y, k, real, precision)) for k in range(4)]
-        if any(None in pair or not pair[1] for pair in pairs):
-            return False
-        NUMBERS.prec = precision
-        ratios = [left / right for left, right in pairs]
-        limit = NUMBERS.ldexp(abs(ratios[0]), -precision // 2)
-        return all(abs(ratio - ratios[0]) <= limit for ratio in ratios) and (not positive or ratios[0].real > 0)
-
-
-def as_region(value):
-    """Inequalities in one variable with constant ends as intervals, several of them as a union; else None."""
-    if is_kind(value, "list"):
-        regions = [as_region(item) for item in value.items]
-        mere_values = all(isinstance(item, Relation) and item.ops == ("=",) for item in value.items)
-        return None if None in regions or mere_values else Seq("union", sum(map(pieces, regions), ()))
-    if not isinstance(value, Relation):
-        return None
-    if value.ops == ("in",) and value.names[0]:
-        return value.sides[1]
-    if value.ops in (("=",), ("!=",)):
-        end = value.sides[bool(value.names[0])]
-        if not any(value.names) or not is_constant(end) or (value.ops == ("!=",) and not is_rational(end)):
-            return None
-        return Seq("set", (end,)) if value.ops == ("=",) else intervals_between((end,))
-    low, high, variables = (Leaf(-sympy.oo), "<"), (Leaf(sympy.oo), "<"), set()
-    for (left, op), (right, names) in zip(zip(value.sides, value.ops), zip(value.sides[1:], pairwise(value.names))):
-        if op[0] == ">":
-            left, right, names, op = right, left, names[::-1], op.replace(">", "<")
-        if op[0] != "<" or (not (is_constant(left) and names[1]) and not (is_constant(right) and names[0])):
-            return None
-        low, high = ((left, op), high) if is_constant(left) and names[1] else (low, (right, op))
-        variables.add(names[1] if low[0] is left else names[0])
-    brackets = ("[" if low[1] == "<=" else "(") + ("]" if high[1] == "<=" else ")")
-    return Seq(brackets, (low[0], high[0])) if len(variables) == 1 else None
-
-
-def pieces(value) -> tuple:
-    return value.items if is_kind(value, "union", "list") else (value,)
-
-
-def as_rows(seq: Seq):
-    """Rows of a matrix; a column or row may be written as a tuple, a matrix as [[1,2],[3,4]]."""
-    if seq.kind == "matrix":
-        return seq.items if len(seq.items[0]) > 1 else (tuple(row[0] for row in seq.items),)
-    nested = all(is_kind(item, "[]", "()") for item in seq.items)
-    return tuple(item.items for item in seq.items) if nested else (seq.items,) if seq.kind in ("()", "[]") else None
+def parts(seq: Seq) -> list:
+    """What is compared in any order: the items of a set or list, the pieces of a union."""
+    if seq.kind == "union":
+        return [part for item in seq.items for part in (item.items if is_kind(item, "set") else [item])]
+    return list(seq.items) if seq.kind in ("set", "list") else [seq]
 
 
 def same_seq(left: Seq, right: Seq) -> bool:
+    """{1,2} and {2,1}; (1,2) and the bare 1,2; not (0,1) and [0,1]."""
     kinds = {left.kind, right.kind}
-    if "matrix" in kinds:
-        rows, others = as_rows(left), as_rows(right)
-        shapes = [[len(row) for row in matrix] if matrix else None for matrix in (rows, others)]
-        return shapes[0] is not None and shapes[0] == shapes[1] and all(map(same, sum(rows, ()), sum(others, ())))
-    if "union" in kinds or kinds <= {"set", "list"}:  # in any order
-        one, other = (pieces(seq) if "union" in kinds else seq.items for seq in (left, right))
+    if "union" in kinds or kinds <= {"set", "list"}:
+        one, other = parts(left), parts(right)
         return all(any(same(a, b) for b in other) for a in one) and all(any(same(a, b) for a in one) for b in other)
     if len(left.items) != len(right.items) or "set" in kinds:
         return False
-    if len(kinds) == 2 and "list" not in kinds and (len(left.items) == 2 or kinds != {"()", "[]"}):
+    if len(kinds) == 2 and kinds.isdisjoint(("list", "matrix")) and (len(left.items) == 2 or kinds != {"()", "[]"}):
         return False  # (0,1) and [0,1] are intervals
     return all(map(same, left.items, right.items))
 
@@ -1213,17 +1205,26 @@ OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s*(\S.*)", re.S)
 
 
 def compare(answer: str, reference: str) -> bool:
-    """Two answers as they stand: as text, then by value; a letter with the text of its option; 1,234 also as a list."""
+    """Two answers as they stand: as text, then by value, then in another reading of either."""
     left, right = parse(answer), parse(reference)
-    if left.text == right.text or (None not in (left.value, right.value) and same(left.value, right.value)):
+    if left.text == right.text or equal(left, right):
         return True
-    for one, other, spelling in ((left, right, reference), (right, left, answer)):
-        if option := OPTION.match(normalise(spelling)):
-            letter = re.fullmatch("[A-J]", one.text.strip("()"))
-            return option[1] == letter[0] if letter else parse(option[2]).text == one.text
-        if isinstance(one.value, Seq) and isinstance(other.value, Leaf) and "," in spelling:
-            relisted = parse(spelling, thousands=False).value
-            return relisted is not None and same(one.value, relisted)
+    return reread(left, right, reference) or reread(right, left, answer)
+
+
+def reread(one: Parsed, other: Parsed, spelling: str) -> bool:
+    """The other as an option "(C) 15", which is "C" and is "15"; or 1,234 as a list, beside a collection."""
+    if option := OPTION.match(normalise(spelling)):
+        letter = re.fullmatch("[A-J]", one.text.strip("()"))
+        return option[1] == letter[0] if letter else parse(option[2]).text == one.text
+    listed = isinstance(one.value, Seq) and isinstance(other.value, Leaf) and "," in spelling
+    return listed and equal(one, parse(spelling, thousands=False))
+
+
+def equal(one: Parsed, other: Parsed) -> bool:
+    """By value; False where one did not parse, or where a number grows too large on the way."""
+    with contextlib.suppress(Unparsed):
+        return None not in (one.value, other.value) and same(one.value, other.value)
     return False
 
 
@@ -1255,6 +1256,7 @@ def score(response: str, reference: str, require_value: bool = False) -> float:
 
 
 class Explanation(NamedTuple):
+    """What explain says of a response."""
     right: bool
     answer: str | None
     rule: str  # the name in RULES of what found the answer, or "none"
@@ -1262,6 +1264,7 @@ class Explanation(NamedTuple):
 
 
 def explain(response: str, reference: str, require_value: bool = False) -> Explanation:
+    r"""The verdict and its reason: "\boxed{5+}" for "5" -> (False, "5+", "box", "unparsed answer: ends too early")."""
     answer, rule = find_answer(response)
     if answer is None:
         return Explanation(False, None, rule, "no answer")
@@ -1277,21 +1280,17 @@ def answer_classes(answers: list[str | None]) -> list[int]:
     """The class of each answer, numbered by first appearance; -1 where there is none. Equality (the same in both
     directions) is closed transitively, so the partition does not depend on the order."""
     spellings = {answer: reference_answer(answer) for answer in answers if answer is not None}
-    label = dict.fromkeys(spellings)  # -> the first spelling of its class
-    for later in label:
-        label[later] = later
-        for earlier in spellings:
-            if earlier == later:
-                break
-            if label[earlier] != label[later] and compare(spellings[later], spellings[earlier]):
-                kept, merged = label[earlier], label[later]
-                label = {spelling: kept if first == merged else first for spelling, first in label.items()}
-    numbers: dict[str, int] = {}
-    return [-1 if answer is None else numbers.setdefault(label[answer], len(numbers)) for answer in answers]
+    classes: list[list[str]] = []
+    for answer, spelling in spellings.items():
+        joined = [group for group in classes if any(compare(spelling, spellings[other]) for other in group)]
+        classes = [group for group in classes if group not in joined] + [[*chain.from_iterable(joined), answer]]
+    first, numbers = {answer: group[0] for group in classes for answer in group}, {}
+    return [-1 if answer is None else numbers.setdefault(first[answer], len(numbers)) for answer in answers]
 
 
 # -- the pool of workers -----------------------------------------------------------------------------------------------
 class Group(NamedTuple):
+    """What became of the responses to one prompt, in their order."""
     verdicts: list[bool]
     classes: list[int]  # -1: no answer; all right ones share one class
     answers: list[str | None]
@@ -1299,49 +1298,92 @@ class Group(NamedTuple):
 
 
 class Worker:
-    """One `python reward.py --worker`. Requests and replies are lines of JSON."""
+    """One `python reward.py --worker` after another: started when asked, killed and replaced when an answer exceeds a
+    limit, recycled against slow growth. Requests and replies are lines of JSON."""
 
-    def __init__(self, timeout: float, memory_mb: int):
-        command = [sys.executable, os.path.abspath(__file__), "--worker", *map(str, (os.getpid(), timeout, memory_mb))]
+    def __init__(self, timeout: float, memory_mb: int, failures: Counter):
+        self.timeout, self.memory_mb, self.failures = timeout, memory_mb, failures
+        self.process, self.pending, self.asked = None, b"", 0
+
+    def start(self) -> None:
+        limits = map(str, (os.getpid(), self.timeout, self.memory_mb))
+        command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self.timeout, self.pending, self.asked, self.poll = timeout, b"", 0, select.poll()
-        self.poll.register(self.process.stdout, select.POLLIN | select.POLLHUP)
+        self.pending, self.asked = b"", 0
         if self.read(120.0) != "ready":
             self.end()
             raise RuntimeError(f"a checker worker did not start: {' '.join(command)}")
 
-    def send(self, **request) -> None:
+    def ask(self, **request) -> None:
+        if self.asked > 20_000:
+            self.end()
+        if not self.process:
+            self.start()
         self.asked += 1
-        with contextlib.suppress(OSError):  # it died; read() says so
+        with contextlib.suppress(OSError):  # it died; reply() says so
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
 
-    def read(self, timeout: float | None = None):
-        """The next reply; None if the worker died or the time is over."""
-        deadline = time.monotonic() + (timeout or self.timeout)
+    def read(self, timeout: float):
+        """The next line; None if the process died or the time is over."""
+        deadline, stdout, poll = time.monotonic() + timeout, self.process.stdout.fileno(), select.poll()
+        poll.register(stdout, select.POLLIN)
         while b"\n" not in self.pending:
             left = deadline - time.monotonic()
-            chunk = os.read(self.process.stdout.fileno(), 1 << 16) if left > 0 and self.poll.poll(left * 1000) else b""
+            chunk = os.read(stdout, 1 << 16) if left > 0 and poll.poll(left * 1000) else b""
             if not chunk:
                 return None
             self.pending += chunk
         line, self.pending = self.pending.split(b"\n", 1)
         return json.loads(line)
 
+    def reply(self):
+        """The next reply; None where the answer exceeded a limit."""
+        reply = self.read(self.timeout)
+        if reply is None or reply == "memory":
+            self.failures[reply or self.end()] += 1
+        return None if reply == "memory" else reply
+
     def end(self) -> str:
         """Kill it and say what it had died of."""
-        died_of = "time"
+        if not (process := self.process):
+            return ""
+        died_of, self.process = "time", None
         with contextlib.suppress(subprocess.TimeoutExpired):  # a pipe closes a moment before its process is gone
-            died_of = "cpu" if self.process.wait(0.1) == -signal.SIGXCPU else "crash"
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close(), self.process.stdout.close()
+            died_of = "cpu" if process.wait(0.1) == -signal.SIGXCPU else "crash"
+        process.kill()
+        process.wait()
+        process.stdin.close(), process.stdout.close()
         return died_of
 
+    def judge(self, responses: list[str], reference: str, require_value: bool) -> Group:
+        """One group: each distinct response is sent once; the worker says [answer] and then the verdict for each."""
+        found: dict[str, tuple] = dict.fromkeys(responses)  # -> (answer, right, lost)
+        while rest := [text for text, entry in found.items() if entry is None]:
+            replies = [(after_thinking(text) or "")[-MAX_RESPONSE:] for text in rest]
+            self.ask(responses=replies, reference=reference, require_value=bool(require_value))
+            for text in rest:
+                answer = self.reply()
+                right = self.reply() if answer and self.process else None
+                found[text] = (answer and answer[0], bool(right), right is None)
+                if not self.process:
+                    break  # the next one sees what is left
+        wrong = list(dict.fromkeys(answer for answer, right, lost in found.values() if answer and not (right or lost)))
+        labels = wrong
+        if len(wrong) > 1:
+            self.ask(answers=wrong)
+            labels = self.reply() or wrong
+        label, numbers, classes = dict(zip(wrong, labels)), {}, []
+        for answer, right, _ in map(found.get, responses):  # an answer that was lost is classed by its spelling
+            key = (right, "" if right else label.get(answer, "".join((answer or "").split())))
+            classes.append(-1 if key == (False, "") else numbers.setdefault(key, len(numbers)))
+        answers, verdicts, lost = ([found[text][part] for text in responses] for part in range(3))
+        return Group(verdicts, classes, answers, lost)
 
-class Verifier:
+
+class Verifier(contextlib.AbstractContextManager):
     """A pool that judges groups of responses in order: `with Verifier(4) as pool: pool.check([[response, …], …],
-    [reference, …])`. No answer can hang, crash or exhaust the caller. Each thread owns one worker for life (Linux ends
+    [reference, …])`. No answer can hang, crash or exhaust the caller. Each thread owns one worker at a time (Linux ends
     a worker with the thread that started it). `timeout` (seconds an answer may take, on the wall and of CPU) and
     `memory_mb` are a last resort: the checker's own bounds stop work long before."""
 
@@ -1360,13 +1402,11 @@ class Verifier:
     def timeouts(self) -> int:
         return self.failures["time"] + self.failures["cpu"]
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         self.close()
 
     def close(self) -> None:
+        """End the workers; the next check() starts new ones."""
         with self.lock:
             threads, self.threads = self.threads, []
         for _ in threads:
@@ -1383,71 +1423,26 @@ class Verifier:
             for _ in range(self.workers - len(self.threads)):
                 self.threads.append(threading.Thread(target=self.serve, daemon=True))
                 self.threads[-1].start()
-        done, groups = queue.SimpleQueue(), [None] * len(references)
-        for place, job in enumerate(zip(responses, references, require_value)):
-            self.jobs.put((done, place, job))
-        for _ in groups:
-            place, group = done.get()
-            if isinstance(group, Exception):
-                raise group
-            groups[place] = group
-        return groups
+        jobs = [(Future(), job) for job in zip(responses, references, require_value)]
+        for job in jobs:
+            self.jobs.put(job)
+        return [future.result() for future, _ in jobs]
 
     def verify(self, responses, references, require_value=None) -> tuple[list[list[bool]], list[list[int]]]:
+        """check() without the answers: (verdicts, classes), each P lists of G."""
         groups = self.check(responses, references, require_value)
         return [group.verdicts for group in groups], [group.classes for group in groups]
 
     def serve(self) -> None:
         """The life of a thread: jobs from the queue, for its own worker."""
-        worker: list[Worker] = []  # none or one
+        worker = Worker(self.timeout, self.memory_mb, self.failures)
         while (entry := self.jobs.get()) is not None:
-            done, place, job = entry
+            future, job = entry
             try:
-                done.put((place, self.judge(worker, *job)))
+                future.set_result(worker.judge(*job))
             except Exception as error:  # belongs to the caller of check()
-                done.put((place, error))
-        for last in worker:
-            last.end()
-
-    def ask(self, worker: list, **request) -> Worker:
-        if worker and worker[0].asked > 20_000:  # recycled, against slow growth
-            worker.pop().end()
-        if not worker:
-            worker.append(Worker(self.timeout, self.memory_mb))
-        worker[0].send(**request)
-        return worker[0]
-
-    def reply(self, worker: list):
-        """The worker's reply; None where the answer exceeded a limit, and then the worker is gone."""
-        reply = worker[0].read()
-        if reply is None or reply == "memory":
-            self.failures[reply or worker.pop().end()] += 1
-        return None if reply == "memory" else reply
-
-    def judge(self, worker: list, responses, reference: str, require_value: bool) -> Group:
-        """One group: its distinct responses to one worker, which says [answer] and then the verdict for each."""
-        found: dict[str, tuple] = dict.fromkeys(responses)  # -> (answer, right, lost)
-        while rest := [text for text, entry in found.items() if entry is None]:
-            replies = [after_thinking(text) for text in rest]
-            replies = ["" if reply is None else reply[-MAX_RESPONSE:] for reply in replies]
-            self.ask(worker, responses=replies, reference=reference, require_value=bool(require_value))
-            for text in rest:
-                answer = self.reply(worker)
-                right = self.reply(worker) if answer and worker else None
-                found[text] = (answer and answer[0], bool(right), right is None)
-                if not worker:
-                    break  # the next one sees what is left
-        wrong = list(dict.fromkeys(answer for answer, right, lost in found.values() if answer and not (right or lost)))
-        labels = wrong
-        if len(wrong) > 1:
-            self.ask(worker, answers=wrong)
-            labels = self.reply(worker) or wrong
-        label, numbers = dict(zip(wrong, labels)), {}
-        answers, verdicts, lost = ([found[text][part] for text in responses] for part in range(3))
-        keys = [(right, "" if right else label.get(answer, re.sub(r"\s+", "", answer or "")))
-                for answer, right in zip(answers, verdicts)]  # fmt: skip
-        classes = [-1 if key == (False, "") else numbers.setdefault(key, len(numbers)) for key in keys]
-        return Group(verdicts, classes, answers, lost)
+                future.set_exception(error)
+        worker.end()
 
 
 def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:

@@ -62,7 +62,7 @@ EQUAL = [
     (r"\langle 1,2,3\rangle", "(1,2,3)"), ("[1,2,3]", "(1,2,3)"), (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),
     ("[[1,2],[3,4]]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
-    (r"\frac12\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"\emptyset", r"\{\}"),
+    (r"\emptyset", r"\{\}"),
     (r"\varnothing", "∅"), ("1,000, 2,000", "1000,2000"), ("100,200", "100, 200"), ("x<3", "3>x"),
     (r"x \le 3", r"x\leq3"), ("x<3", r"(-\infty,3)"), (r"x\geq 2", r"[2,\infty)"), ("1<x<2", "(1,2)"),
     (r"1 < x \le 2", "(1,2]"), ("2>x>1", "(1,2)"), ("2x<6", "x<3"), ("-x>-3", "x<3"),
@@ -121,6 +121,11 @@ EQUAL = [
     (r"\text{A and B}", r"\text{B and A}"), (r"18\text{ years old}", "18"), (r"1/2 \text{ of the pie}", "0.5"),
     (r"6\mathrm{~cm}", r"6\text{ cm}"), (r"15^{\circ}", "15"), (r"\angle A=15^\circ", r"15^\circ"),
     (r"x=15^\circ", "15"), ("2:3", r"\frac23"), (r"\frac{x}{y}", "x/y"), ("[0,1]", r"0\le x\le 1"),
+    ("50 cents", r"\$0.50"), (r"\sqrt{x^2}", "|x|"), (r"x^{1/2} \cdot x^{1/2}", "x"), (r"e^{\ln x}", "x"),
+    (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"), (r"(\pm 1, 2)", "(1,2),(-1,2)"),
+    (r"\{\frac{1\pm\sqrt5}{2}, 3\}", r"3, \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"), ("log(8, 2)", "3"),
+    ("option B", "B"), (r"\begin{pmatrix}0.333333333\\1\end{pmatrix}", r"\begin{pmatrix}1/3\\1\end{pmatrix}"),
+    (r"\frac12\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
 ]  # fmt: skip
 DIFFERENT = [
     ("x=5965999999999999980", "x=5965999999999999988"), ("x+y=5965999999999999980", "x+y=5965999999999999988"),
@@ -150,7 +155,8 @@ DIFFERENT = [
     (r"\ln 2", r"\ln 3"), ("f(x)=2x", "f(x)=3x"), ("3,7", "3"), ("37", "3,7"), (r"\text{Friday}", "Monday"),
     ("True", "False"), ("(-1)^n", "1"), (r"x\ge0", "x>0"), ("y=x", "y=-x"), ("2:3", "3:2"), ("A", "a"),
     (r"\cos A=\frac12", r"\frac13"), ("10^6", "10^7"), ("x_1", "x_2"), ("a_n", "a_m"),
-    (r"\{1,3,5,\ldots\}", r"\{1,3,5\}"),
+    (r"\{1,3,5,\ldots\}", r"\{1,3,5\}"), (r"\sqrt{x^2}", "x"), (r"\sqrt{(x-1)^2}", "x-1"), ("5 cents", r"\$5"),
+    ("x<3", "y<3"), ("1=x", "1=1"), (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}"),
 ]  # fmt: skip
 
 

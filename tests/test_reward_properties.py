@@ -145,6 +145,32 @@ def test_expanded_factored_and_reordered_are_equal(p, q, shuffle):
     assert not reward.is_equivalent(factored, spell(product))
 
 
+IDENTITIES = [  # the third is a near miss
+    ("(x+1)^5", "x^5+5x^4+10x^3+10x^2+5x+1", "x^5+5x^4+10x^3+10x^2+5x+2"),
+    ("(a+b+c)^2", "a^2+b^2+c^2+2ab+2bc+2ca", "a^2+b^2+c^2"),
+    ("x^6-1", "(x-1)(x+1)(x^2+x+1)(x^2-x+1)", "(x-1)(x+1)(x^2+x+1)^2"),
+    (r"\frac{x^3-8}{x-2}", "x^2+2x+4", "x^2+4"),
+    (r"\frac1x-\frac1{x+1}", r"\frac{1}{x(x+1)}", r"\frac{1}{x(x-1)}"),
+    (r"\frac{1}{\sqrt{x+1}-\sqrt x}", r"\sqrt{x+1}+\sqrt{x}", r"\sqrt{x+1}-\sqrt{x}"),
+    (r"\sin 3x", r"3\sin x-4\sin^3 x", r"3\sin x-3\sin^3 x"),
+    (r"\sin a\cos b", r"\frac{\sin(a+b)+\sin(a-b)}{2}", r"\frac{\sin(a+b)-\sin(a-b)}{2}"),
+    (r"\tan^2 x+1", r"\sec^2 x", r"\csc^2 x"),
+    (r"\cos\frac{\pi}{5}", r"\frac{1+\sqrt5}{4}", r"\frac{\sqrt5}{4}"),
+    (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2", r"1+\sqrt3"),
+    (r"8^{x/3}", "2^x", "2^{x/3}"),
+    (r"\ln(a^2b)-\ln b", r"2\ln a", r"\ln a"),
+    (r"e^{2\ln x+1}", "ex^2", "2ex"),
+    (r"\binom{n}{3}", r"\frac{n(n-1)(n-2)}{6}", r"\frac{n^3}{6}"),
+]
+
+
+@pytest.mark.parametrize("one, other, near", IDENTITIES)
+def test_identities_are_decided_without_rewriting(one, other, near):
+    """Expanded, factored, over a common denominator, trigonometric, of powers and logarithms: values show them all."""
+    assert reward.is_equivalent(one, other) and reward.is_equivalent(other, one)
+    assert not reward.is_equivalent(one, near) and not reward.is_equivalent(near, other)
+
+
 @settings(steady, max_examples=60)
 @given(
     st.lists(
