@@ -42,7 +42,7 @@ def updates(argv, file):
     def step():  # takes the gradients down and leaves the weights as they are
         gradients.append({name: train.full(p.grad).clone() for name, p in run.model.named_parameters()})
 
-    train.score_rows, run.optimizer.step = moved, step
+    train.score_rows, run.optimizer.step, run.args.old_logprobs = moved, step, "recompute"
     for blend in copo.BLENDS:
         for budget in BUDGETS if blend == "soft-zero" else BUDGETS[1:2]:
             run.args.blend, run.args.micro_tokens = blend, budget

@@ -121,7 +121,7 @@ def test_logits_and_saved_directory_equal_transformers(tmp_path, kind, tied, see
 
     # Out again, and in through transformers: the same weights and config, so identical logits.
     model.save_pretrained(tmp_path / "b")
-    saved = transformers.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
     assert torch.equal(theirs_logits(saved, ids), expected)
     assert ("lm_head.weight" in load_file(tmp_path / "b" / "model.safetensors")) == (not tied)
     assert json.loads((tmp_path / "b" / "config.json").read_text()) == config

@@ -274,26 +274,26 @@ def test_what_a_killed_save_left_behind_is_swept_up(runs):
 # --------------------------------------------------------------------------------------- disks that fail, damaged files
 
 
-def limited_child(argv, limit):
+def limited_child(argv, limit, errors):
     """A run that may write no file beyond `limit` bytes, as on a full disk."""
     import resource
-    import signal
 
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     tiny_runs.quiet_child(argv)
 
 
-def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(runs, start_child, capfd):
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(runs, start_child, tmp_path):
     directory = runs.new(**FLAGS | {"steps": 3})
     last = directory / "checkpoints/step-000003"
     before = {path.name: path.read_bytes() for path in last.iterdir()}
     size = max(len(content) for content in before.values())
-    capfd.readouterr()
-    process = start_child(limited_child, ["--run-dir", str(directory), "--resume", "latest", "--steps", "6"], size // 2)
+    argv, errors = ["--run-dir", str(directory), "--resume", "latest", "--steps", "6"], tmp_path / "errors"
+    process = start_child(limited_child, argv, size // 2, errors)
     process.join(60)
     assert process.exitcode == 1
-    message = capfd.readouterr().err.splitlines()[-1]
+    message = errors.read_text().splitlines()[-1]
     assert "train.py: after step 4: cannot write the checkpoint" in message and "too large" in message
     assert "--resume latest" in message
     # The last checkpoint is whole, and half of another one does not fill the disk.
