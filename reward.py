@@ -344,7 +344,7 @@ UNITS = {alias: names.split()[0] for names in str.split((  # every spelling -> t
     "cm centimeter centimetre;mm millimeter millimetre;km kilometer kilometre;m meter metre;ft foot feet;in inch inche;"
     "yd yard;mi mile;kg kilogram;g gram;mg milligram;lb pound;oz ounce;s sec second;min minute;h hr hour;day;week;"
     "month;mol;mph;year yr;L l liter litre;mL ml milliliter;dollar usd buck;cent;deg degree;rad radian;gallon;"
-    "% percent pct percentage"), ";") for alias in names.split()}  # fmt: skip
+    "% percent pct percentage;am;pm"), ";") for alias in names.split()}  # fmt: skip
 UNIT_SIGNS = {"^", "/", "*", "2", "3", "{", "}"}
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -590,3 +591,16 @@ def test_gsm8k_references_equal_themselves_and_nothing_else(shared):
         left, right = noise.choice(answers), noise.choice(answers)
         same = float(left.replace(",", "")) == float(right.replace(",", ""))
         assert reward.is_equivalent(left, right) == same, (left, right)
+
+
+def test_pairs_that_were_written_without_a_look_at_the_checker():
+    """checker_pairs.jsonl: 400 labelled pairs of all kinds, by somebody who knew the rules and not the code. When they
+    were first tried 392 came out right (96.0 % and 99.3 % of the true and false ones of `rlvr`, all of `cas`)."""
+    lines = Path(__file__).with_name("checker_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {}
+    for pair in map(json.loads, lines):
+        right = reward.score("\\boxed{" + pair["pred"] + "}", pair["gold"]) > 0
+        found.setdefault((pair["tier"], pair["expect"]), []).append(right == pair["expect"])
+    shares = {kind: sum(verdicts) / len(verdicts) for kind, verdicts in found.items()}
+    assert shares["rlvr", True] > 0.95 and shares["rlvr", False] == 1
+    assert shares["cas", True] == shares["cas", False] == 1
