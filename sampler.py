@@ -224,28 +224,30 @@ def sample(
     row = token = torch.zeros(0, dtype=torch.long, device=device)
     done = torch.zeros(0, dtype=torch.bool, device=device)
     ticks = reported = 0
-    while waiting or len(row):
-        # A prefill holds up everyone in flight, so it waits until a quarter of the rows stand free, and fills them all.
-        if waiting and max_rows - len(row) >= max(max_rows // 4, waiting[0][2]):
-            while work := _take(waiting, prompts, max_rows - len(row)):
-                prefilled, hidden = _prefill(model, [prompts[i] for i, _, _ in work])
-                pairs = [(k, i * group_size + j + m) for k, (i, j, count) in enumerate(work) for m in range(count)]
-                origin, new = torch.tensor(pairs, device=device).unbind(1)
-                cache.copy_rows(prefilled, origin, torch.arange(len(new), device=device) + len(row))
-                new_token, new_done = record(model.logits(hidden)[origin], new, torch.zeros_like(new, dtype=torch.bool))
-                row, token, done = torch.cat([row, new]), torch.cat([token, new_token]), torch.cat([done, new_done])
-        else:
-            hidden = model(token[:, None], cache=cache)
-            token, done = record(model.logits(hidden[:, 0]), row, done)
-        ticks += 1
-        if ticks % STOP_CHECK[device.type] == 0:
-            if done.any():
-                kept = _drop_done(cache, done)
-                row, token, done = row[kept], token[kept], done[kept]
-            if on_tokens is not None:
-                count = int(lengths.sum())
-                on_tokens(count - reported)
-                reported = count
+    with model.packed():
+        while waiting or len(row):
+            # A prefill holds up all rows in flight: it waits until a quarter of them stand free, and fills them all.
+            if waiting and max_rows - len(row) >= max(max_rows // 4, waiting[0][2]):
+                while work := _take(waiting, prompts, max_rows - len(row)):
+                    prefilled, hidden = _prefill(model, [prompts[i] for i, _, _ in work])
+                    pairs = [(k, i * group_size + j + m) for k, (i, j, count) in enumerate(work) for m in range(count)]
+                    origin, new = torch.tensor(pairs, device=device).unbind(1)
+                    cache.copy_rows(prefilled, origin, torch.arange(len(new), device=device) + len(row))
+                    undone = torch.zeros(len(new), dtype=torch.bool, device=device)
+                    new_token, new_done = record(model.logits(hidden)[origin], new, undone)
+                    row, token, done = torch.cat([row, new]), torch.cat([token, new_token]), torch.cat([done, new_done])
+            else:
+                hidden = model(token[:, None], cache=cache)
+                token, done = record(model.logits(hidden[:, 0]), row, done)
+            ticks += 1
+            if ticks % STOP_CHECK[device.type] == 0:
+                if done.any():
+                    kept = _drop_done(cache, done)
+                    row, token, done = row[kept], token[kept], done[kept]
+                if on_tokens is not None:
+                    count = int(lengths.sum())
+                    on_tokens(count - reported)
+                    reported = count
     if not torch.isfinite(logprobs).all():
         raise ValueError("log-probs are not finite: the model's weights hold NaN or infinity")
     width = int(lengths.max())
