@@ -18,6 +18,7 @@ import math
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ ONLY |= {"attention_dropout": 0, "hidden_dropout": 0, "is_causal": True, "use_bi
 ONLY |= dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "quantization_config"))
 ONLY |= dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"))
 LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+CACHE_BLOCK = 128  # tokens
 WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
 
 
@@ -123,19 +125,16 @@ def rope_frequencies(config, device):
 # oneDNN's matrix product for CPUs, which torch itself calls from compiled code. In float32 it is two to three times as
 # fast as the MKL that nn.Linear calls, on an AMD machine at least. None where torch was built without it.
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def product(x, weight, bias=None):
-    """x Wᵀ + b: x (...,D), weight (F,D), which may be packed -> (...,F)."""
-    if ONEDNN is None or x.device.type != "cpu" or x.dtype not in ONEDNN_DTYPES or not x.numel():
-        return F.linear(x, weight, bias)
-    return ONEDNN(x, weight, bias, "none", [], "")
+    """x Wᵀ + b: x (...,D), weight (F,D) -> (...,F)."""
+    if ONEDNN and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel():
+        return ONEDNN(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class _Product(torch.autograd.Function):
-    """product() with its gradients, each of which is one too."""
-
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
@@ -144,21 +143,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_x = product(grad, weight.T) if ctx.needs_input_grad[0] else None
-        grad_weight = product(rows.T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+        rows, (for_x, for_weight, for_bias) = grad.flatten(0, -2), ctx.needs_input_grad
+        grad_x = product(grad, weight.T) if for_x else None
+        return grad_x, product(rows.T, x.flatten(0, -2).T) if for_weight else None, rows.sum(0) if for_bias else None
 
 
 class Linear(nn.Linear):
-    """nn.Linear by product(). While the model is packed, by a copy of the weight in oneDNN's own layout."""
-
-    packed = None
-
     def forward(self, x):
-        if torch.is_grad_enabled():
-            return _Product.apply(x, self.weight, self.bias)
-        return product(x, self.weight if self.packed is None else self.packed, self.bias)
+        return _Product.apply(x, self.weight, self.bias)
 
 
 def rotate(x, cos, sin):
@@ -275,10 +267,10 @@ class KVCache:
         self.lengths[target_rows] = source.lengths[source_rows]
 
     def reserve(self, capacity):
-        """Room for `capacity` tokens a row at least, in steps of 128: growth then costs little and wastes little."""
+        """Room for `capacity` tokens a row at least, in blocks: growth then costs little and wastes little."""
         for i, old in enumerate(self.layers):  # layer by layer: only one of them is ever held twice
             if old.shape[3] < capacity:
-                self.layers[i] = old.new_zeros(*old.shape[:3], -(-capacity // 128) * 128, old.shape[4])
+                self.layers[i] = old.new_zeros(*old.shape[:3], -(-capacity // CACHE_BLOCK) * CACHE_BLOCK, old.shape[4])
                 self.layers[i][:, :, :, : old.shape[3]] = old
 
 
@@ -290,7 +282,6 @@ class Transformer(nn.Module):
         self.config = config
         self.source = source  # directory the weights came from, whose other files save_pretrained copies
         self.source_dtype = source_dtype
-        self.packed_head = None
         self.num_tokens = config.vocab_size  # usable ids; lower it to len(tokenizer) where embeddings are padded
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -326,7 +317,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden):
         """hidden (...,D) -> logits (...,num_tokens), float32 at least: before temperature and softmax, not after."""
-        logits = product(hidden, self.head_weight() if self.packed_head is None else self.packed_head)
+        logits = product(hidden, self.head_weight())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def score(self, ids, prompt_lengths, response_lengths, temperature=1.0, width=None):
@@ -346,20 +337,23 @@ class Transformer(nn.Module):
 
     @contextmanager
     def packed(self):
-        """For the many passes of few rows that sampling makes: on a CPU each matrix once more, in oneDNN's own layout,
-        which is read twice as fast. Under no_grad alone; the weights must not change meanwhile."""
-        weight = self.model.embed_tokens.weight
-        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        """For sampling: on a CPU each matrix once more in oneDNN's own layout, which few rows read twice as fast.
+
+        Until the end the layers use these copies: no gradients, and no change of the weights."""
+        weight, layers = self.model.norm.weight, []
+        if ONEDNN and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+            layers = [module for module in self.model.modules() if isinstance(module, Linear)]
         try:
-            if ONEDNN is not None and weight.device.type == "cpu" and weight.dtype in ONEDNN_DTYPES:
-                for layer in layers:
-                    layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 32)  # 32: rows, a hint
-                self.packed_head = torch.ops.mkldnn._reorder_linear_weight(self.head_weight(), 32)
+            for layer in layers:
+                copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 32)  # 32: about how many rows
+                layer.forward = partial(product, weight=copy, bias=layer.bias)
+            if layers:
+                copy = torch.ops.mkldnn._reorder_linear_weight(self.head_weight(), 32)
+                self.head_weight = lambda: copy
             yield
         finally:
-            self.packed_head = None
-            for layer in layers:
-                layer.packed = None
+            for module in (self, *layers):
+                vars(module).pop("head_weight" if module is self else "forward", None)
 
     @classmethod
     def from_config(cls, config, dtype=torch.float32, device="cpu", seed=0):
