@@ -143,9 +143,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, (for_x, for_weight, for_bias) = grad.flatten(0, -2), ctx.needs_input_grad
-        grad_x = product(grad, weight.T) if for_x else None
-        return grad_x, product(rows.T, x.flatten(0, -2).T) if for_weight else None, rows.sum(0) if for_bias else None
+        rows = grad.flatten(0, -2)
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return product(grad, weight.T), product(rows.T, x.flatten(0, -2).T), grad_bias
 
 
 class Linear(nn.Linear):
@@ -342,20 +342,20 @@ class Transformer(nn.Module):
         """For sampling: on a CPU each matrix once more in oneDNN's own layout, which few rows read twice as fast.
 
         Until the end the layers use these copies: no gradients, and no change of the weights."""
-        weight, layers = self.model.norm.weight, []
-        if ONEDNN and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
-            layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        weight = self.model.norm.weight
+        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
         try:
-            for layer in layers:
-                copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 32)  # 32: about how many rows
-                layer.forward = partial(product, weight=copy, bias=layer.bias)
-            if layers:
-                copy = torch.ops.mkldnn._reorder_linear_weight(self.head_weight(), 32)
-                self.head_weight = lambda: copy
+            if ONEDNN and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+                pack = partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=32)  # about how many rows
+                for layer in layers:
+                    layer.forward = partial(product, weight=pack(layer.weight), bias=layer.bias)
+                head = pack(self.head_weight())
+                self.head_weight = lambda: head
             yield
         finally:
-            for module in (self, *layers):
-                vars(module).pop("head_weight" if module is self else "forward", None)
+            vars(self).pop("head_weight", None)
+            for layer in layers:
+                vars(layer).pop("forward", None)
 
     @classmethod
     def from_config(cls, config, dtype=torch.float32, device="cpu", seed=0):
