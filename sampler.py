@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from model import KVCache, model_directory
+from model import CACHE_BLOCK, KVCache, model_directory
 
 PREFILL_TOKENS = 4096  # padded prompt tokens in one forward pass
 STOP_CHECK = {"cpu": 1, "cuda": 8}  # tokens between two looks at the finished flags; a look makes a GPU run dry
@@ -116,6 +116,23 @@ def draw(logits, noise, temperature=1.0, top_p=1.0, top_k=0):
     return token, logprob.to(logits.dtype)
 
 
+def rows_that_fit(config, dtype, prompt_tokens, max_new_tokens, memory):
+    """How many rows of the longest prompt and response sample() can hold in flight in `memory` bytes of cache.
+
+    Counted: every row at its full length, one layer twice (it is copied as it grows), and a prefill beside them."""
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    row = token * -(-(prompt_tokens + max_new_tokens) // CACHE_BLOCK) * CACHE_BLOCK
+    row += -(-row // config.num_hidden_layers)
+    # A prefill holds a prompt for each row at most, and no more than its budget of tokens if there are many.
+    few = memory // (row + token * prompt_tokens)
+    many = (memory - token * max(PREFILL_TOKENS, prompt_tokens)) // row
+    if max(few, many) < 1:
+        needed = (row + token * prompt_tokens) / 2**30
+        raise ValueError(f"a cache of {memory / 2**30:.3g} GiB holds no row: one of {prompt_tokens} prompt and"
+                         f" {max_new_tokens} new tokens needs {needed:.3g} GiB")  # fmt: skip
+    return max(few, many)
+
+
 def _waiting(prompts, max_rows, group_size):
     """The work, longest prompts first so that a prefill pads little: (prompt, first sample, number of samples).
 
@@ -175,10 +192,12 @@ def sample(
     step=0,
     rows=None,
     max_rows=0,
+    max_memory=0,
     on_tokens=None,
     clock=nullcontext,
 ):
-    """`group_size` responses to each prompt (a list of token ids) -> Samples, at most `max_rows` in flight (0: all).
+    """`group_size` responses to each prompt (a list of token ids) -> Samples, at most `max_rows` in flight (0: all),
+    and no more than have room in `max_memory` bytes of cache (0: any number).
 
     max_new_tokens: one limit, or one for each of the B rows. rows: the data row of each prompt, which keys its noise.
     on_tokens(count) is told now and then how many tokens came since the last call; what it raises ends the sampling.
@@ -200,8 +219,9 @@ def sample(
         raise ValueError(f"rows names {len(rows)} data rows for {len(prompts)} prompts")
 
     device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
-    max_rows = min(max_rows or total_rows, total_rows)
-    width = max(limits)
+    max_rows, width = min(max_rows or total_rows, total_rows), max(limits)
+    if max_memory:
+        max_rows = min(max_rows, rows_that_fit(model.config, dtype, max(map(len, prompts)), width, max_memory))
     # One column more than a response can need: finished rows write there until they leave the batch.
     tokens = torch.zeros(total_rows, width + 1, dtype=torch.long, device=device)
     logprobs = torch.zeros(total_rows, width + 1, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -227,29 +247,31 @@ def sample(
     row = token = torch.zeros(0, dtype=torch.long, device=device)
     done = torch.zeros(0, dtype=torch.bool, device=device)
     ticks = reported = 0
-    while waiting or len(row):
-        # A prefill holds up everyone in flight, so it waits until a quarter of the rows stand free, and fills them all.
-        if waiting and max_rows - len(row) >= max(max_rows // 4, waiting[0][2]):
-            while work := _take(waiting, prompts, max_rows - len(row)):
-                with clock("prefill"):
-                    prefilled, hidden = _prefill(model, [prompts[i] for i, _, _ in work])
-                pairs = [(k, i * group_size + j + m) for k, (i, j, count) in enumerate(work) for m in range(count)]
-                origin, new = torch.tensor(pairs, device=device).unbind(1)
-                cache.copy_rows(prefilled, origin, torch.arange(len(new), device=device) + len(row))
-                new_token, new_done = record(model.logits(hidden)[origin], new, torch.zeros_like(new, dtype=torch.bool))
-                row, token, done = torch.cat([row, new]), torch.cat([token, new_token]), torch.cat([done, new_done])
-        else:
-            hidden = model(token[:, None], cache=cache)
-            token, done = record(model.logits(hidden[:, 0]), row, done)
-        ticks += 1
-        if ticks % STOP_CHECK[device.type] == 0:
-            if done.any():
-                kept = _drop_done(cache, done)
-                row, token, done = row[kept], token[kept], done[kept]
-            if on_tokens is not None:
-                count = int(lengths.sum())
-                on_tokens(count - reported)
-                reported = count
+    with model.packed():
+        while waiting or len(row):
+            # A prefill holds up all rows in flight: it waits until a quarter of them stand free, and fills them all.
+            if waiting and max_rows - len(row) >= max(max_rows // 4, waiting[0][2]):
+                while work := _take(waiting, prompts, max_rows - len(row)):
+                    with clock("prefill"):
+                        prefilled, hidden = _prefill(model, [prompts[i] for i, _, _ in work])
+                    pairs = [(k, i * group_size + j + m) for k, (i, j, count) in enumerate(work) for m in range(count)]
+                    origin, new = torch.tensor(pairs, device=device).unbind(1)
+                    cache.copy_rows(prefilled, origin, torch.arange(len(new), device=device) + len(row))
+                    undone = torch.zeros(len(new), dtype=torch.bool, device=device)
+                    new_token, new_done = record(model.logits(hidden)[origin], new, undone)
+                    row, token, done = torch.cat([row, new]), torch.cat([token, new_token]), torch.cat([done, new_done])
+            else:
+                hidden = model(token[:, None], cache=cache)
+                token, done = record(model.logits(hidden[:, 0]), row, done)
+            ticks += 1
+            if ticks % STOP_CHECK[device.type] == 0:
+                if done.any():
+                    kept = _drop_done(cache, done)
+                    row, token, done = row[kept], token[kept], done[kept]
+                if on_tokens is not None:
+                    count = int(lengths.sum())
+                    on_tokens(count - reported)
+                    reported = count
     if not torch.isfinite(logprobs).all():
         raise ValueError("log-probs are not finite: the model's weights hold NaN or infinity")
     width = int(lengths.max())

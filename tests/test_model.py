@@ -7,6 +7,7 @@ a config field ignored that changes the mathematics, masks made from token ids (
 scoring, probability given to ids that no tokenizer makes, and log-probs that hold (N,V) or lose gradient in bf16.
 """
 
+import contextlib
 import json
 import math
 import subprocess
@@ -19,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import model as model_file
-from model import Config, KVCache, Transformer, token_logprobs
+from model import Config, KVCache, Linear, Transformer, token_logprobs
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
@@ -380,6 +381,53 @@ def test_rope_keeps_its_precision_in_bf16(kind):
         model(random_ids(config, 1, 500), cache=cache)
         keys.append(cache.layers[0][0, 0, :, :500].float())
     torch.testing.assert_close(keys[0], keys[1], atol=0.02 * float(keys[1].abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7, 1), (0, 4)])
+def test_linear_and_its_gradients_equal_torchs(dtype, limit, bias, shape):
+    torch.manual_seed(0)
+    layer, x = Linear(24, 40, bias=bias), torch.randn(*shape, 24)
+    plain, outer = torch.nn.Linear(24, 40, bias=bias).double(), torch.randn(*shape, 40, dtype=torch.float64)
+    layer, x = layer.to(dtype), x.to(dtype).requires_grad_()
+    plain.load_state_dict(layer.state_dict())
+    y = x.detach().double().requires_grad_()
+    ours, theirs = layer(x), plain(y)
+    assert ours.dtype == dtype
+    (ours * outer.to(dtype)).sum().backward()
+    (theirs * outer.to(dtype).double()).sum().backward()
+    ours, theirs = [ours, x.grad, *(p.grad for p in layer.parameters())], [theirs, y.grad]
+    theirs += [p.grad for p in plain.parameters()]
+    assert len(ours) == len(theirs) == 3 + bias
+    for a, b in zip(ours, theirs):
+        largest = float(b.detach().abs().max()) if b.numel() else 0
+        torch.testing.assert_close(a.double(), b, atol=limit * max(1, largest), rtol=0)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("dtype,limit", [(torch.float64, 0), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_a_packed_model_computes_the_same_and_forgets_it_afterwards(kind, dtype, limit):
+    """Packed copies that outlive their block would go on sampling from the weights of an older step."""
+    model = Transformer.from_config(random_config(kind, False, 3), dtype=dtype)
+    model.num_tokens -= 5
+    ids, names = random_ids(model.config.raw, 3, 9), set(model.state_dict())
+    expected = ours_logits(model, ids)
+    for error in (None, KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), model.packed():
+            torch.testing.assert_close(ours_logits(model, ids), expected, atol=limit * 5, rtol=limit)
+            assert set(model.state_dict()) == names and expected.shape[-1] == model.num_tokens
+            if error:
+                raise error
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        changed = ours_logits(model, ids)
+        assert (changed - expected).abs().max() > 0.1
+        with model.packed():
+            torch.testing.assert_close(ours_logits(model, ids), changed, atol=limit * 5, rtol=limit)
+        expected = changed
+    assert model.score(ids % 50, torch.tensor([2, 3, 4]), torch.tensor([5, 5, 5]))[0].requires_grad
 
 
 def responses(config, rows=4, longest=9, seed=0):

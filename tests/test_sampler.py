@@ -9,6 +9,7 @@ sample, ids that no tokenizer makes, a second BOS, and a stop string of several 
 
 import collections
 import json
+import weakref
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import sampler
 from model import Transformer
-from sampler import draw, encode_prompt, load_tokenizer, noise_key, sample, stop_token_ids, uniform
+from sampler import draw, encode_prompt, load_tokenizer, noise_key, rows_that_fit, sample, stop_token_ids, uniform
 
 FAMILIES = {"qwen2": 0, "qwen3": 1, "llama": 2}
 
@@ -341,6 +342,52 @@ def test_waiting_prompts_take_the_places_of_finished_rows(monkeypatch):
     limits = [100] + [5] * 63
     sample(model, ragged_prompts([3] * 32), 2, limits, max_rows=8)
     assert sum(width == 1 for _, width in passes) == 99
+
+
+def test_the_cache_stays_within_its_memory(monkeypatch):
+    """Bytes of all living caches, whenever one is made or grows; without the bound they are more than it allows."""
+    model, seen, living = tiny(), [], weakref.WeakSet()
+    init, reserve = sampler.KVCache.__init__, sampler.KVCache.reserve
+
+    def held():
+        return sum(layer.nbytes for cache in living for layer in cache.layers)
+
+    def watched_init(self, *args, **options):
+        init(self, *args, **options)
+        living.add(self)
+        seen.append(held())
+
+    def watched_reserve(self, capacity):
+        before, old = held(), self.layers[0].nbytes
+        reserve(self, capacity)
+        seen.append(held() + (old if held() > before else 0))  # the last layer to grow, before its old copy goes
+
+    monkeypatch.setattr(sampler.KVCache, "__init__", watched_init)
+    monkeypatch.setattr(sampler.KVCache, "reserve", watched_reserve)
+    prompts, limits = ragged_prompts([30] * 12), [120 + b % 7 for b in range(48)]
+    whole = sample(model, prompts, 4, limits)
+    peak = max(seen)
+    for memory in (peak // 2, peak // 9):
+        seen.clear()
+        bounded = sample(model, prompts, 4, limits, max_memory=memory)
+        assert torch.equal(bounded.lengths, whole.lengths) and memory * 0.4 < max(seen) <= memory < peak
+
+
+@pytest.mark.parametrize("budget", [40, 4096])
+def test_rows_that_fit(monkeypatch, budget):
+    """By hand: 2 layers of 2 heads of 4 float32 keys and values are 128 bytes a token; 30 + 120 tokens take 256."""
+    monkeypatch.setattr(sampler, "PREFILL_TOKENS", budget)
+    config, row = tiny().config, 128 * 256 * 3 // 2  # one of the two layers twice
+    one = row + 128 * 30
+    assert rows_that_fit(config, torch.float32, 30, 120, one) == 1
+    assert rows_that_fit(config, torch.float32, 30, 120, 10 * row + 128 * min(budget, 300)) == 10
+    assert rows_that_fit(config, torch.float32, 30, 120, 10 * row + 128 * min(budget, 300) - 1) == 9
+    assert rows_that_fit(config, torch.bfloat16, 30, 120, one) == 2
+    with pytest.raises(ValueError, match=r"holds no row: one of 30 prompt and 120 new tokens needs 4\.94e-05 GiB"):
+        rows_that_fit(config, torch.float32, 30, 120, one - 1)
+    with pytest.raises(ValueError, match="holds no row"):
+        sample(tiny(), [[1] * 30], 2, 120, max_memory=one - 1)
+    assert sample(tiny(), [[1] * 30], 2, 120, max_memory=one).lengths.tolist() == [120, 120]
 
 
 def test_a_callback_can_end_the_sampling():
