@@ -115,10 +115,11 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     model, tokenizer, problems, verifier, *, k, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=(),
-    seed=0, system=None, instruction=INSTRUCTION, max_rows=0, on_tokens=None,
+    seed=0, system=None, instruction=INSTRUCTION, max_rows=0, max_memory=0, on_tokens=None,
 ):  # fmt: skip
     """Samples and checks k responses to each problem -> Evaluation, in the order of `problems` (which may be a rank's
-    share of the data, or empty). temperature 0 is greedy. max_rows bounds the rows in flight (0: all at once)."""
+    share of the data, or empty). temperature 0 is greedy. max_rows and max_memory bound the rows in flight, by
+    number and by bytes of their cache (0: all at once)."""
     prompts = [encode_prompt(tokenizer, problem.problem, system, instruction) for problem in problems]
     for problem, prompt in zip(problems, prompts):
         if len(prompt) + max_new_tokens > model.config.max_position_embeddings:
@@ -130,7 +131,8 @@ def evaluate(
     if prompts:
         samples = sample(
             model, prompts, k, max_new_tokens, temperature, top_p, top_k, stop_ids=stop_ids, seed=seed,
-            rows=[problem.row for problem in problems], max_rows=max_rows, on_tokens=on_tokens,
+            rows=[problem.row for problem in problems], max_rows=max_rows, max_memory=max_memory,
+            on_tokens=on_tokens,
         )  # fmt: skip
         lengths, finished = samples.lengths.tolist(), samples.finished.tolist()
         tokens = [row[:length] for row, length in zip(samples.tokens.tolist(), lengths)]
@@ -378,8 +380,8 @@ def print_authors_metrics(evaluation):
 # Flags that say where, how fast or how safely a run was made; runs that differ in nothing else are one configuration.
 NOT_A_CONFIGURATION = {
     "seed", "run_dir", "resume", "device", "keep", "save_every", "export_every", "export_dtype", "samples_every",
-    "micro_tokens", "rollout_batch", "verifier_workers", "verifier_timeout", "verifier_memory", "timeout",
-    "activation_checkpointing", "cpu_offload", "free_sampler", "compile", "plan",
+    "micro_tokens", "rollout_batch", "rollout_memory", "verifier_workers", "verifier_timeout", "verifier_memory",
+    "timeout", "activation_checkpointing", "cpu_offload", "free_sampler", "compile", "plan",
 }  # fmt: skip
 TrainedRun = namedtuple("TrainedRun", "path flags evaluations metrics")  # evaluations by step; metrics: a line a step
 

@@ -51,7 +51,7 @@ import eval as evaluation
 from eval import INSTRUCTION, deal_out, gather, join_ranks, rank, say, together, world
 from model import Config, Transformer, model_directory, read_weights
 from reward import Verifier, load_problems
-from sampler import encode_prompt, sample
+from sampler import encode_prompt, rows_that_fit, sample
 
 HERE = Path(__file__).resolve().parent
 # Sizes of a run. The demonstration (no --model) fits two cores and a few minutes; with --model they are the authors'.
@@ -69,8 +69,8 @@ AUTHORS = {
 }  # fmt: skip
 # What may differ between a run and its continuation without a word: where, how long, how often, how fast.
 NOT_THE_RUN = {"steps", "run_dir", "resume", "eval_every", "save_every", "keep", "export_every", "samples_every",
-               "device", "micro_tokens", "rollout_batch", "verifier_workers", "timeout", "activation_checkpointing",
-               "cpu_offload", "free_sampler", "compile", "plan"}  # fmt: skip
+               "device", "micro_tokens", "rollout_batch", "rollout_memory", "verifier_workers", "timeout",
+               "activation_checkpointing", "cpu_offload", "free_sampler", "compile", "plan"}  # fmt: skip
 # What its checkpoints were made with, and may not differ at all.
 FIXED = ("model", "dtype", "sft_steps", "sft_batch", "sft_lr")
 RUN_FILES = ("metrics.jsonl", "groups.jsonl", "eval.jsonl", "samples.txt")
@@ -124,6 +124,7 @@ def flags():
     add("--max-new-tokens", type=count, help="response limit, in tokens")
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring alike")
     add("--rollout-batch", type=whole, help="rows that a rank samples at the same time (0 = all of them)")
+    add("--rollout-memory", type=real, default=0.0, help="cache of the rows that a rank samples, in GiB (0 = any size)")
     add("--max-rounds", type=count, default=4, help="rounds of dynamic sampling in a step")
     add("--verifier-workers", type=count, default=2, help="processes that check answers")
     add("--verifier-timeout", type=positive, default=10.0, help="last resort for one answer, in seconds")
@@ -207,7 +208,7 @@ def parse_args(argv):
     args |= known | (copo.PRESETS[typed["algo"]] if "algo" in typed else {}) | typed
     args = argparse.Namespace(**args)
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = "cuda" if torch.cuda.is_available() or args.plan else "cpu"
     args.old_logprobs = args.old_logprobs or ("recompute" if args.dtype == "bfloat16" else "sampler")
     check_flags(args, typed)
     if not args.resume:
@@ -284,7 +285,7 @@ def check_flags(args, typed):
             need(not (applies and name in typed), f"{flag(name)} has no effect: {why}")
     need(args.compile in (None, *torch.compiler.list_backends(exclude_tags=())),
          f"--compile {args.compile}: no such backend of torch.compile")
-    need(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device here")
+    need(args.device == "cpu" or args.plan or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device here")
 
 
 # --------------------------------------------------------------------------------------------------------------- Memory
@@ -297,6 +298,7 @@ def sharded(args, ranks=None):
 
 def memory_plan(config, args, ranks):
     """GiB that one of `ranks` ranks needs for each purpose, at limits of lengths: {name: GiB}, "total" at the fullest.
+    ValueError if --rollout-memory has no room for a single row.
 
     Letters as in model.py. Weights count exactly; activations are those that autograd keeps for one micro-batch."""
     with torch.device("meta"):
@@ -309,6 +311,9 @@ def memory_plan(config, args, ranks):
     kv_heads, longest = config.num_key_value_heads * config.head_dim, args.max_prompt_tokens + args.max_new_tokens
     rows = -(-args.prompts_per_step // ranks) * args.group_size
     rows = min(rows, args.rollout_batch or rows)
+    if args.rollout_memory:
+        limits, memory = (args.max_prompt_tokens, args.max_new_tokens), int(args.rollout_memory * 2**30)
+        rows = min(rows, rows_that_fit(config, DTYPES[args.dtype], *limits, memory))
     # Numbers a token leaves in a layer: inputs of two norms, of q/k/v and of gate/up; q, k, v, what attention gives,
     # twice (apart and as o_proj's input); gate, silu(gate), up and their product.
     inside = 4 * size + 3 * heads + 2 * kv_heads + 4 * config.intermediate_size
@@ -316,7 +321,9 @@ def memory_plan(config, args, ranks):
     kept = layers * size + inside if args.activation_checkpointing else layers * inside
     held = {
         "masters": wide * parameters / ranks, "optimiser": 2 * wide * parameters / ranks,
-        "gradients": wide * parameters / ranks, "sampler": narrow * parameters * apart,
+        "gradients": wide * parameters / ranks,
+        "sampler": narrow * parameters * apart,
+        "packed": narrow * parameters * (args.device == "cpu"),  # each matrix once more, see Transformer.packed()
         "reference": narrow * parameters / ranks * (args.kl_coef > 0),
         "kv cache": rows * longest * layers * 2 * kv_heads * narrow,
         # A block in use and the next on its way, the embeddings (and head) throughout; and the gradients of as much.
@@ -330,7 +337,7 @@ def memory_plan(config, args, ranks):
     update = sum(plan[name] for name in ("gradients", "gathered", "activations", "logits"))
     update += 0 if args.free_sampler else plan["sampler"]
     always = sum(plan[name] for name in ("masters", "optimiser", "reference"))
-    return plan | {"total": always + max(update, plan["sampler"] + plan["kv cache"])}
+    return plan | {"total": always + max(update, sum(plan[name] for name in ("sampler", "packed", "kv cache")))}
 
 
 def print_plan(args):
@@ -643,8 +650,8 @@ def sample_share(run, pairs, watch):
     with run.clock("decode"):
         samples = sample(
             run.sampler, prompts, args.group_size, args.max_new_tokens, args.temperature, stop_ids=run.stop_ids,
-            seed=args.seed, step=run.state.step, rows=[key for _, key in pairs], max_rows=args.rollout_batch,
-            on_tokens=watch, clock=run.clock,
+            seed=args.seed, step=run.state.step, rows=[key for _, key in pairs], on_tokens=watch,
+            clock=run.clock, max_rows=args.rollout_batch, max_memory=int(args.rollout_memory * 2**30),
         )  # fmt: skip
     with run.clock("verify"):
         replies = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist())]
@@ -1223,6 +1230,7 @@ def evaluate(run):
                 run.sampler, run.tokenizer, share, run.verifier, k=args.eval_samples, seed=args.eval_seed,
                 max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature, stop_ids=run.stop_ids,
                 system=args.system, instruction=args.instruction, max_rows=args.rollout_batch, on_tokens=watch,
+                max_memory=int(args.rollout_memory * 2**30),
             )))  # fmt: skip
     means, votes = evaluation.mean_at_k(verdicts), evaluation.maj_at_k(verdicts, classes)
     line = {

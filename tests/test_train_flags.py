@@ -118,6 +118,7 @@ CHANGES = {
 SAME_NUMBERS = {
     "micro_tokens": (30, "rows of a forward pass"),
     "rollout_batch": (3, "rows in flight"),
+    "rollout_memory": (None, "rows in flight"),
     "verifier_workers": (2, "workers of the pool"),
     "device": ("auto", "device of the weights"),
     "activation_checkpointing": (True, "runs of a layer"),
@@ -152,9 +153,17 @@ def test_flag_changes_what_it_says(runs, name):
     assert look(runs.new(**{**with_these, name: value})) != look(base)
 
 
-@pytest.mark.parametrize("name", ["micro_tokens", "rollout_batch"])
+def rows_in(config, memory):
+    try:
+        return train.rows_that_fit(config, torch.float64, 16, 6, memory)
+    except ValueError:
+        return 0
+
+
+@pytest.mark.parametrize("name", ["micro_tokens", "rollout_batch", "rollout_memory"])
 def test_flag_of_speed_changes_no_number(runs, name, monkeypatch):
     sizes, inner = {"micro_tokens": [], "rollout_batch": []}, train.Transformer.score
+    sizes["rollout_memory"] = sizes["rollout_batch"]
     forward = train.Transformer.forward
 
     def score(network, ids, *rest, **more):
@@ -169,9 +178,13 @@ def test_flag_of_speed_changes_no_number(runs, name, monkeypatch):
     monkeypatch.setattr(train.Transformer, "forward", watched)
     warm = {"sft_steps": 2, "sft_batch": 6, "sft_lr": 1e-2}
     base, (value, _) = runs.new(**warm), SAME_NUMBERS[name]
-    before = max(sizes[name])
+    before, given = max(sizes[name]), value
+    if name == "rollout_memory":  # of three rows and a half
+        config, value = train.Transformer.from_pretrained(runs.base["model"]).config, 3
+        bytes_ = next(n for n in range(0, 2**24, 4096) if rows_in(config, n) == 3)
+        given = bytes_ / 2**30
     sizes[name].clear()
-    other = runs.new(**warm, **{name: value})
+    other = runs.new(**warm, **{name: given})
     assert 0 < max(sizes[name]) <= value < before
     assert groups("answers")(other) == groups("answers")(base)
     for ours, theirs in zip(tiny_runs.metrics(other), tiny_runs.metrics(base)):
@@ -321,6 +334,7 @@ def test_presets_and_sizes_lie_below_what_is_typed(runs):
 REFUSALS = {
     "more memory than there is": ({"micro_tokens": 10**12}, "GiB at its fullest"),
     "no such compiler": ({"compile": "gcc"}, "--compile gcc"),
+    "no room for a row": ({"rollout_memory": 1e-9}, "holds no row"),
     "nothing to free": ({"free_sampler": True}, "--free-sampler has no effect"),
     "an unknown flag": ({"run_dir": "RUN", "colour": 3}, "--colour"),
     "an unknown blend": ({"blend": "softest"}, "softest"),
