@@ -323,7 +323,7 @@ def memory_plan(config, args, ranks):
         "masters": wide * parameters / ranks, "optimiser": 2 * wide * parameters / ranks,
         "gradients": wide * parameters / ranks,
         "sampler": narrow * parameters * apart,
-        "packed": narrow * parameters * (args.device == "cpu"),  # each matrix once more, see Transformer.packed()
+        "packed": narrow * parameters * (args.device == "cpu"),  # see Transformer.packed()
         "reference": narrow * parameters / ranks * (args.kl_coef > 0),
         "kv cache": rows * longest * layers * 2 * kv_heads * narrow,
         # A block in use and the next on its way, the embeddings (and head) throughout; and the gradients of as much.
