@@ -496,6 +496,7 @@ pool = reward.Verifier(workers=2, timeout=30)
 pool.check([["1"], ["2"]], ["1", "2"])
 threading.Thread(target=lambda: pool.check([["SPIN"]], ["1"]), daemon=True).start()
 time.sleep(0.3); print("ready", flush=True); {"sys.exit()" if end == "exit" else "time.sleep(60)"}"""
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code  # a shell's & ignores it
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     pids = []
     deadline = time.monotonic() + 30

@@ -352,5 +352,5 @@ def test_torchruns_restart_goes_on_where_it_can(runs, monkeypatch, tmp_path):
     args = train.parse_args(runs.argv(flags, run_dir=tmp_path / "new"))
     assert (args.run_dir, args.resume) == (str(tmp_path / "new"), None)
     # Another torchrun's run of the same name is none of ours.
-    monkeypatch.setattr(train.os, "getppid", lambda: 1)
+    monkeypatch.setattr(train.os, "getppid", lambda: 999_999_999)
     assert train.parse_args(runs.argv(flags)).resume is None
