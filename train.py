@@ -283,7 +283,7 @@ def check_flags(args, typed):
     for why, (applies, names) in idle.items():
         for name in names.split():
             need(not (applies and name in typed), f"{flag(name)} has no effect: {why}")
-    need(args.compile in (None, *torch.compiler.list_backends(exclude_tags=())),
+    need(not args.compile or args.compile in torch.compiler.list_backends(exclude_tags=()),
          f"--compile {args.compile}: no such backend of torch.compile")
     need(args.device == "cpu" or args.plan or torch.cuda.is_available(), "--device cuda: PyTorch sees no such device")
 
