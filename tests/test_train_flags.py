@@ -311,6 +311,8 @@ def test_plan_counts_by_hand(tmp_path, capsys):
     # 256 rows of 3,072 tokens; 28 layers of 4 key and 4 value heads of 128 numbers of two bytes
     assert plan["kv_cache"] == round(256 * 3072 * 28 * 8 * 128 * 2 / 2**30, 2)
     assert plan["total"] > 3.55 + 7.09 + 14.19
+    train.main(["--model", str(tmp_path), "--plan", "2", "--free-sampler"])  # which one process would refuse
+    assert "each of 2 ranks" in capsys.readouterr().out
     alone = train.memory_plan(train.Config.parse(QWEN_7B), train.parse_args(
         ["--model", str(tmp_path), "--plan", "1", "--dtype", "bfloat16", "--cpu-offload", "--free-sampler"]), 1)
     assert alone["masters"] == alone["optimiser"] == 0
