@@ -275,7 +275,7 @@ def check_flags(args, typed):
         "--overlong-factor is 0": (args.overlong_factor == 0, "overlong_buffer"),
         "--dynamic-sampling is off": (not args.dynamic_sampling, "max_rounds"),
         "--sft-steps is 0": (args.sft_steps == 0, "sft_lr sft_batch"),
-        "one process in full precision samples with the weights it trains": (not sharded(args, args.plan), "free_sampler"),
+        "one process in full precision samples with what it trains": (not sharded(args, args.plan), "free_sampler"),
         "there is no --eval-data": (
             not args.eval_data, "eval_every eval_samples eval_problems eval_temperature eval_seed"
         ),
