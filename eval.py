@@ -63,6 +63,18 @@ def join_ranks(device, timeout):
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
 
 
+def leave_ranks():
+    """Ends this process, if it is one of several and its work is done; its peers need nothing more from it.
+
+    Without the interpreter's own ending: a thread of gloo's that is about to let go of a tensor at that moment wants
+    the interpreter's lock, is ended instead, and takes the process down with it (SIGABRT, PyTorch 2.13)."""
+    if world() > 1:
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def gather(value):
     """Every rank's value, in the order of ranks, on every rank."""
     values = [value] * world()
@@ -633,8 +645,7 @@ def main(argv=None):
             print_summary(evaluation, time.monotonic() - started, args.seed)
             if args.authors_metrics:
                 print_authors_metrics(evaluation)
-        if world() > 1:
-            dist.destroy_process_group()
+        leave_ranks()
     except (ValueError, OSError) as error:
         _refuse(error)
     except KeyboardInterrupt:

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import copo
 import eval as evaluation
-from eval import INSTRUCTION, deal_out, gather, join_ranks, rank, say, together, world
+from eval import INSTRUCTION, deal_out, gather, join_ranks, leave_ranks, rank, say, together, world
 from model import Config, Transformer, model_directory, read_weights
 from reward import SHAPES, Verifier, load_problems, same_text
 from sampler import encode_prompt, rows_that_fit, sample
@@ -1447,6 +1447,7 @@ def main(argv=None):
         # Leaving in order would wait for peers that wait for this rank; torchrun ends them once it is gone.
         print(ending, file=sys.stderr, flush=True)
         os._exit(1)
+    leave_ranks()
     if dist.is_initialized():
         dist.destroy_process_group()
     if ending:

@@ -4,9 +4,12 @@ updates: one step's updates with every blend and with several token budgets, fro
 steps:   each step of another run again, from its checkpoint and with its responses (in FILE); the losses.
 uneven:  a run in which every second prompt's responses end at their first token, and all others run to the limit.
 broken:  a run in which rank 1 fails in the second step.
+ending:  a run after which the interpreter ends while a thread of gloo's waits for its lock, to let go of a tensor.
 """
 
+import atexit
 import sys
+import time
 from pathlib import Path
 
 import tiny_runs
@@ -91,6 +94,35 @@ def broken(argv, _):
     train.main(argv)
 
 
+class Slow:
+    """Something that the end of an interpreter has to wait for."""
+
+    def __del__(self):
+        time.sleep(1)
+
+
+def ending(argv, _):
+    def busy():  # never lets go of the interpreter's lock
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            pass
+
+    def meet_once_more():
+        if train.rank() == 0:
+            time.sleep(1)
+        train.dist.all_reduce(torch.ones(4), async_op=True)
+        if train.rank() == 0:
+            time.sleep(1)
+        sys.setswitchinterval(1000)
+        atexit._clear()  # others would let go of it
+        atexit.register(busy)
+        sys.modules["slow"] = Slow()
+
+    train.dist.destroy_process_group = meet_once_more
+    train.main(argv)
+
+
 if __name__ == "__main__":
     train.Verifier = tiny_runs.Judge
     globals()[sys.argv[1]](sys.argv[3:], Path(sys.argv[2]))
+    train.leave_ranks()

@@ -271,6 +271,11 @@ def test_sigterm_saves_once_and_exits_in_order(runs):
     assert newest(directory) == f"step-{len(tiny_runs.metrics(directory)):06d}"
 
 
+def test_a_rank_ends_well_whatever_gloo_s_threads_still_hold(runs):
+    """They waited for the lock of an interpreter that was ending, and aborted a job whose work was done."""
+    job(2, "ending", "-", runs.argv(FLAGS, run_dir=runs.directory(), steps=1, eval_every=0))
+
+
 def test_killed_ranks_that_torchrun_restarts_make_the_same_run(tmp_path):
     """Five kills; tests/kill_ranks.py --kills 50 is the long version."""
     found, done = kill_ranks.kill_and_compare(tmp_path, kills=5, seed=1)
