@@ -30,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import Transformer
-from reward import Verifier, load_problems
+from reward import SHAPES, Verifier, load_problems
 from sampler import encode_prompt, load_tokenizer, sample, stop_token_ids
 
 # What follows a problem unless --instruction says otherwise: the words that the Qwen2.5 models were tuned with
@@ -284,7 +284,10 @@ def parse_args(argv):
     parser.error = _refuse
     add = parser.add_argument
     add("--model", required=True, help="directory or Hub id of a model")
-    add("--data", required=True, help="JSONL file of problems with their answers")
+    add("--data", required=True, help="problems: JSONL or parquet, a local file or hf://datasets/OWNER/NAME/FILE")
+    add("--problem-field", help="field of the problem, a dot for one within another (default: known shapes)")
+    add("--answer-field", help="field of the answer, likewise")
+    add("--data-fraction", type=float, default=1.0, help="use this part of the problems, drawn by --seed")
     add("--k", type=int, help="samples per problem (default 8, with --greedy 1)")
     add("--temperature", type=float, default=1.0, help="sampling temperature, above 0")
     add("--top-p", type=float, default=1.0, help="sample from the fewest tokens with this much probability (1 = all)")
@@ -310,6 +313,10 @@ def parse_args(argv):
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}")
     if args.authors_metrics and args.k < 2:
         parser.error("--authors-metrics needs --k of at least 2: there is no vote of one")
+    if bool(args.problem_field) != bool(args.answer_field):
+        parser.error("--problem-field and --answer-field belong together")
+    if not 0 < args.data_fraction <= 1:
+        parser.error(f"--data-fraction is {args.data_fraction}; it must be above 0 and at most 1")
     if not 0 < args.temperature < math.inf:
         parser.error(f"--temperature is {args.temperature}; it must be above 0 (for 0 say --greedy)")
     if not 0 < args.top_p <= 1:
@@ -401,9 +408,9 @@ TrainedRun = namedtuple("TrainedRun", "path flags evaluations metrics")  # evalu
 def load_run(path):
     """The run in a directory -> TrainedRun. ValueError if it has failed: nothing in it can be compared, and why.
 
-    A run's files do not tell a crash from a run that is still going. Failed is therefore what has no figure to show (no
-    flags, no evaluation, damaged lines), changed its configuration on the way, or ended in updates that are not finite;
-    the rest counts as far as it came."""
+    The files of a run that was killed are those of one that is still going. Failed is therefore what says so, has no
+    figure to show (no flags, no evaluation, damaged lines), changed its configuration on the way, or came to updates
+    that are not finite; the rest counts as far as it came."""
 
     def lines(name):
         text = Path(path, name).read_text(encoding="utf-8") if Path(path, name).exists() else ""
@@ -414,6 +421,8 @@ def load_run(path):
         about = json.loads(Path(path, "run.json").read_text(encoding="utf-8"))
         evaluations = {line["step"]: line for line in lines("eval.jsonl")}
         run = TrainedRun(path, about["flags"], evaluations, lines("metrics.jsonl"))
+        if (ended := about.get("ended", {})).get("how") == "failed":
+            raise ValueError(f"failed after step {ended['step']}: {ended['why']}")
         if changed := [name for resumed in about.get("resumed", ()) for name in resumed["changed"]]:
             raise ValueError(f"two configurations in one run, which was resumed with another {', '.join(changed)}")
         if len({len(line["per_problem"]) for line in run.evaluations.values()}) != 1:
@@ -469,7 +478,7 @@ def run_figures(run, steps):
         figures |= {
             "tokens sampled": lines[-1]["tokens"],
             "seconds": sum(line["seconds"] for line in lines),
-            "groups of equal verdicts": np.mean([1 - line["mixed"] for line in lines]),
+            "groups of equal verdicts": np.mean([line.get("equal_groups_drawn", 1 - line["mixed"]) for line in lines]),
             "groups without gradient": np.mean([line["zero_gradient_groups"] for line in lines]),
             "wrong responses pushed up": np.mean([line["wrong_pushed_up"] for line in lines]),
         }
@@ -608,8 +617,8 @@ def main(argv=None):
     try:
         join_ranks(args.device, timeout=7200)
         dropped = Counter()
-        problems = load_problems(args.data, dropped)
-        problems = problems[: args.limit or None]
+        shapes = [(args.problem_field, args.answer_field, "solution")] if args.problem_field else SHAPES
+        problems = load_problems(args.data, dropped, shapes, args.data_fraction, args.seed)[: args.limit or None]
         if not problems:
             raise ValueError(f"{args.data} holds no usable problem (dropped: {dict(dropped) or 'none'})")
         model, tokenizer, stop_ids = load_checkpoint(args.model, args.dtype, args.device, args.stop)

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import queue
+import random
 import re
 import select
 import signal
@@ -50,6 +51,21 @@ MAX_MAGNITUDE = 1 << 17  # bits before the point in numeric evaluation
 
 
 # -- problems ----------------------------------------------------------------------------------------------------------
+# Shapes in which problems are published: the fields of problem, answer and solution (a dot: within). A file has the
+# first of them whose problem and answer are in its first line.
+SHAPES = (
+    ("problem", "answer", "solution"),  # ours; MATH-500; AIME 2024 and 2025, AMC as most publish them
+    ("question", "answer", "solution"),  # GSM8K, whose answer is a solution that ends in ####; AMC 2023, AIME 2025
+    ("Problem", "Answer", "Solution"),  # AIME 2024
+    ("prompt", "reward_model.ground_truth", ""),  # DAPO-Math-17k, whose prompt is a list of one chat message
+    ("problem", "solution", "solution"),  # AIME 2024 and MATH: the answer stands in the solution's box
+)
+# What DAPO-Math-17k puts around each problem. It asks for another form of answer than --instruction does.
+WRAPPED = re.compile(
+    r'Solve the following math problem step by step\. .*?\n\n(.*)\n\nRemember to put your answer .* "Answer:"\.', re.S
+)
+
+
 class Problem(NamedTuple):
     """A line of a data file."""
     row: int  # 0-based line of the file
@@ -59,33 +75,93 @@ class Problem(NamedTuple):
     require_value: bool
 
 
-def load_problems(path, dropped: Counter | None = None) -> list[Problem]:
-    """JSONL of {"problem", "answer", optional "solution", "require_value"}. Malformed lines are refused by file and
-    line; answers that are empty or over the checker's limits could never earn a reward: dropped, counted by reason."""
-    problems, dropped = [], Counter() if dropped is None else dropped
-    kinds = {"problem": str, "answer": str, "solution": str | None, "require_value": bool}
-    with open(path, encoding="utf-8") as file:
-        for row, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{row + 1}: not JSON ({error}); write one object a line") from None
-            if not isinstance(fields, dict):
-                raise ValueError(f'{path}:{row + 1}: not an object; write {{"problem": …, "answer": …}}')
-            if type(fields.get("answer")) in (int, float):
-                fields["answer"] = str(fields["answer"])
-            fields = {"solution": None, "require_value": False, **fields}
-            for name, kind in kinds.items():
-                if not isinstance(fields.get(name), kind):
-                    wrong = f"is {fields[name]!r:.40}" if name in fields else "is missing"
-                    raise ValueError(f'{path}:{row + 1}: the field "{name}" {wrong}; it must be {kind!s:.13}')
-            answer = reference_answer(fields["answer"])
-            if 0 < len(answer) <= MAX_ANSWER:
-                problems.append(Problem(row, *(fields[name] for name in kinds)))
-            else:
-                dropped["answer over the checker's limits" if answer else "empty answer"] += 1
+def same_text(problem: str) -> str:
+    """What two problems share that are one but for spaces and capitals."""
+    return " ".join(problem.casefold().split())
+
+
+def read_lines(path):
+    """(0-based number, object) of each line of a JSONL file or each row of a .parquet file, which needs pyarrow.
+
+    hf://datasets/OWNER/NAME[@REVISION]/FILE is a file on the Hugging Face Hub, kept by huggingface_hub once fetched."""
+    file = path
+    if str(path).startswith("hf://"):
+        if not (parts := re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", str(path))):
+            raise ValueError(f"{path}: a file on the Hub is written hf://datasets/OWNER/NAME/FILE")
+        from huggingface_hub import hf_hub_download  # comes with transformers
+        try:
+            file = hf_hub_download(parts[1], parts[3], repo_type="dataset", revision=parts[2])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    if not str(file).endswith(".parquet"):
+        with open(file, encoding="utf-8") as text:
+            for row, line in enumerate(text):
+                try:
+                    if line.strip():
+                        yield row, json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{row + 1}: not JSON ({error}); write one object a line") from None
+        return
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{path}: to read parquet, pip install pyarrow, or turn the file into JSONL") from None
+    try:
+        yield from enumerate(chain.from_iterable(part.to_pylist() for part in parquet.ParquetFile(file).iter_batches()))
+    except (OSError, ValueError) as error:  # pyarrow's own errors are such
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_problems(path, dropped: Counter | None = None, shapes=SHAPES, fraction=1.0, seed=0) -> list[Problem]:
+    """The problems of a file in one of `shapes`, or the part `fraction` of them that `seed` draws.
+
+    Malformed lines are refused by file and line. Dropped, and counted by reason: answers that are empty or over the
+    checker's limits, which could never earn a reward, and problems that came before."""
+    problems, shape, seen = [], None, {}
+    dropped = Counter() if dropped is None else dropped
+
+    def field(fields, name):
+        for part in name.split("."):
+            fields = fields.get(part, ...) if isinstance(fields, dict) else ...
+        return fields
+
+    for row, line in read_lines(path):
+        if not isinstance(line, dict):
+            raise ValueError(f'{path}:{row + 1}: not an object; write {{"problem": …, "answer": …}}')
+        fitting = (names for names in shapes if all(field(line, name) is not ... for name in names[:2]))
+        shape = shape or next(fitting, shapes[0] if len(shapes) == 1 else None)
+        if not shape:
+            raise ValueError(f"{path}:{row + 1}: of no known shape; it has {', '.join(line)}: name two of them with "
+                             "--problem-field and --answer-field")  # fmt: skip
+        problem, answer, solution = (field(line, name) for name in shape)
+        if isinstance(problem, list) and len(problem) == 1:
+            problem = field(problem[0], "content")
+        answer = str(answer) if type(answer) in (int, float) else answer
+        solution = None if solution is ... else solution
+        require_value = line.get("require_value", False)
+        for name, value, kind, words in (
+            (shape[0], problem, str, "text"), (shape[1], answer, str, "text or a number"),
+            (shape[2], solution, (str, type(None)), "text"), ("require_value", require_value, bool, "true or false"),
+        ):  # fmt: skip
+            if not isinstance(value, kind):
+                wrong = "is missing" if value is ... else f"is {value!r:.40}"
+                raise ValueError(f'{path}:{row + 1}: the field "{name}" {wrong}; it must be {words}')
+        if wrapped := WRAPPED.fullmatch(problem.strip()):
+            problem = wrapped[1]
+        solution, same = solution or (answer if "####" in answer else None), same_text(problem)
+        if same in seen:
+            dropped["came before" if seen[same] == answer else "came before, with another answer"] += 1
+        elif 0 < len(final := reference_answer(answer)) <= MAX_ANSWER:
+            seen[same] = answer
+            problems.append(Problem(row, problem, final, solution, require_value))
+        else:
+            dropped["answer over the checker's limits" if final else "empty answer"] += 1
+    if fraction < 1:
+        draw, whole = random.Random(seed), len(problems)
+        keys = [draw.random() for _ in problems]  # the smallest are in: a larger part holds each smaller one
+        kept = sorted(sorted(range(whole), key=keys.__getitem__)[: round(fraction * whole)])
+        problems = [problems[i] for i in kept]
+        dropped[f"not in the part of {fraction:g}"] += whole - len(problems)
     return problems
 
 

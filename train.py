@@ -50,7 +50,7 @@ import copo
 import eval as evaluation
 from eval import INSTRUCTION, deal_out, gather, join_ranks, leave_ranks, rank, say, together, world
 from model import WIDEN, Config, Transformer, model_directory, read_weights
-from reward import Verifier, load_problems
+from reward import SHAPES, Verifier, load_problems, same_text
 from sampler import encode_prompt, rows_that_fit, sample
 
 HERE = Path(__file__).resolve().parent
@@ -115,8 +115,11 @@ def flags():
     add("--instruction", help="text after every problem")
     add("--stop", action="append", default=[], metavar="TOKEN", help="one more token that ends a response; repeatable")
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="training problems, JSONL with problem, answer and perhaps solution")
-    add("--eval-data", help="held-out problems, JSONL (without: no evaluation)")
+    add("--data", help="training problems: JSONL or parquet, a local file or hf://datasets/OWNER/NAME/FILE")
+    add("--eval-data", help="held-out problems, likewise (without: no evaluation)")
+    add("--problem-field", help="field of the problem, a dot for one within another (default: known shapes)")
+    add("--answer-field", help="field of the answer, likewise; the held-out file may also be of a known shape")
+    add("--data-fraction", type=positive, help="train on this part of the problems, drawn by --seed (default: all)")
     add("--max-prompt-tokens", type=count, help="problems with longer prompts are dropped, in tokens")
     add = parser.add_argument_group("rollout").add_argument
     add("--prompts-per-step", type=number(int, 2), help="P, prompts sampled in a step")
@@ -260,7 +263,9 @@ def check_flags(args, typed):
     """Flags against each other; `typed` are those of the command line."""
     need(args.clip_low <= 1, f"--clip-low is {args.clip_low}; it must be at most 1")
     need(args.dual_clip == 0 or args.dual_clip > 1, f"--dual-clip is {args.dual_clip}; it must be above 1, or 0")
-    need(args.data or args.plan, "--model needs --data, a JSONL file of problems")
+    need(args.data or args.plan, "--model needs --data, a file of problems")
+    need(bool(args.problem_field) == bool(args.answer_field), "--problem-field and --answer-field belong together")
+    need((args.data_fraction or 1) <= 1, f"--data-fraction is {args.data_fraction}; it must be at most 1")
     need(args.prompts_per_step % args.minibatch_prompts == 0,
          f"--minibatch-prompts {args.minibatch_prompts} does not divide --prompts-per-step {args.prompts_per_step}")
     need(args.overlong_buffer < 1 or args.overlong_buffer <= args.max_new_tokens,
@@ -402,9 +407,9 @@ def make_tiny_model(path, seed):
 def load_data(args, tokenizer):
     """((problems, their prompts' token ids), the same of the held-out file); what does not fit is dropped and said."""
 
-    def load(path):
+    def load(path, *which):
         dropped = Counter()
-        problems = load_problems(path, dropped)
+        problems = load_problems(path, dropped, *which)
         prompts = [encode_prompt(tokenizer, p.problem, args.system, args.instruction) for p in problems]
         fits = [len(prompt) <= args.max_prompt_tokens for prompt in prompts]
         dropped[f"prompt over {args.max_prompt_tokens} tokens"] += fits.count(False)
@@ -413,13 +418,15 @@ def load_data(args, tokenizer):
         say(f"data    {path}: {len(problems)} problems{reasons}")
         return problems, prompts
 
-    problems, prompts = load(args.data)
+    named = [(args.problem_field, args.answer_field, "solution")] if args.problem_field else []
+    problems, prompts = load(args.data, named or SHAPES, args.data_fraction or 1.0, args.seed)
     need(len(problems) >= args.prompts_per_step,
          f"--prompts-per-step {args.prompts_per_step}, but {args.data} has {len(problems)} usable ones")
-    held_out = [part[: args.eval_problems or None] for part in (load(args.eval_data) if args.eval_data else ([], []))]
+    held_out = load(args.eval_data, [*named, *SHAPES]) if args.eval_data else ([], [])
+    held_out = [part[: args.eval_problems or None] for part in held_out]
     need(held_out[0] or not args.eval_data, f"--eval-data {args.eval_data} has no usable problems")
-    seen = {" ".join(p.problem.casefold().split()) for p in problems}
-    overlap = sum(" ".join(p.problem.casefold().split()) in seen for p in held_out[0])
+    seen = {same_text(p.problem) for p in problems}
+    overlap = sum(same_text(p.problem) in seen for p in held_out[0])
     if overlap:
         say(f"WARNING {overlap} of {len(held_out[0])} held-out problems are in the training data too")
     return (problems, prompts), held_out
@@ -681,8 +688,9 @@ def rollout(run):
     run.stop.check()  # a step that was only sampled is abandoned
     return batch, kept, {
         "sampling_rounds": rounds, "prompts_drawn": len(batch.indices), "prompts_trained": len(kept),
-        "accuracy_drawn": batch.correct.double().mean().item(), "tokens_sampled": int(batch.lengths.sum()),
-        "prompt_tokens": sum(map(len, batch.prompts)),
+        "accuracy_drawn": batch.correct.double().mean().item(),
+        "equal_groups_drawn": (~copo.is_mixed(batch.correct)).double().mean().item(),
+        "tokens_sampled": int(batch.lengths.sum()), "prompt_tokens": sum(map(len, batch.prompts)),
         "verifier_timeouts": int(batch.timed_out.sum()),
     }  # fmt: skip
 
@@ -1299,6 +1307,7 @@ def record_run(run):
         for name, (old, new) in changed.items():
             say(f"WARNING {flag(name)} was {old} and is now {new}: from here on this is another run")
         about.setdefault("resumed", []).append({"step": run.state.step, "changed": changed})
+        about.pop("ended", None)
     else:
         git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         packages = ("torch", "transformers", "safetensors", "numpy", "tqdm", "sympy")
@@ -1308,9 +1317,21 @@ def record_run(run):
             "python": platform.python_version(), "host": platform.platform(), "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in run.model.parameters()),
         }  # fmt: skip
+    write_about(path, about | {"flags": now})
+
+
+def write_about(path, about):
     temporary = path.with_suffix(".tmp")  # never seen half-written
-    temporary.write_text(json.dumps(about | {"flags": now}, indent=1) + "\n")
+    temporary.write_text(json.dumps(about, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def record_ending(run, how, why):
+    """The last word of run.json, of a run that was not killed: "finished", "stopped" or "failed", when, and why."""
+    if rank() == 0:
+        path, ended = run.directory / "run.json", {"how": how, "step": run.state.step, "why": why}
+        with contextlib.suppress(OSError):  # such as a full disk, of which the run may have failed
+            write_about(path, json.loads(path.read_text()) | {"ended": ended})
 
 
 def start(run):
@@ -1395,17 +1416,21 @@ def main(argv=None):
     run.clock, run.stop = Clock(args.device), Stop()
     run.verifier = Verifier(args.verifier_workers, timeout=args.verifier_timeout, memory_mb=args.verifier_memory)
     go_on = f"--run-dir {run.directory} --resume latest"
-    ending = 0  # or a message, which goes to stderr with exit code 1
+    ending, how, why = 0, "", ""  # ending: or a message, which goes to stderr with exit code 1
     try:
         start(run)
+        how = "failed"  # unless it comes to another end
         train(run)
+        how = "finished"
     except Interrupted:
         path = save_checkpoint(run)
+        how, why = "stopped", run.stop.signal
         say(f"stopped by {run.stop.signal}; saved {path}. To go on: python train.py {go_on}")
     except KeyboardInterrupt:
         print(f"train.py: stopped at once; {go_on} goes back to the last checkpoint", file=sys.stderr)
-        ending = 130
+        ending, how = 130, "stopped"
     except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if isinstance(error, OSError) or "not finite" in str(error):
             text = " ".join(str(error).split())
             ending = f"after step {run.state.step}: {text}; {go_on} goes back to the last checkpoint"
@@ -1415,6 +1440,8 @@ def main(argv=None):
             ending = f"rank {rank()}: {traceback.format_exc()}"
         ending = f"train.py: {ending}"
     finally:
+        if how:
+            record_ending(run, how, why)
         run.verifier.close()
         run.stop.restore()
     if ending and world() > 1:

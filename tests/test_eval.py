@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,6 +332,9 @@ def refused(capsys, arguments):
         (["--limit", -3], "--limit is -3"),
         (["--seed", -1], "--seed is -1"),
         (["--rollout-batch", -1], "--rollout-batch is -1"),
+        (["--data-fraction", 0], "--data-fraction is 0.0"),
+        (["--data-fraction", "nan"], "--data-fraction is nan"),
+        (["--answer-field", "gold"], "belong together"),
         (["--greedy", "--k", 4], "--greedy has one response"),
         (["--greedy", "--top-p", 0.5], "--greedy has one response"),
         (["--greedy", "--authors-metrics"], "--authors-metrics needs --k"),
@@ -589,6 +593,14 @@ def test_a_marked_difference_excludes_zero(capsys, tmp_path):
     assert "tokens sampled" not in text and "unfinished" not in text
 
 
+def test_groups_that_dynamic_sampling_dropped_count_as_equal(capsys, tmp_path):
+    fake_run(tmp_path / "dapo", {1: ([1] * 4, [1] * 4)}, [(1, 60, 1.0, 1.0, 0.0, 0.0)], algo="dapo")
+    line = json.loads((tmp_path / "dapo/metrics.jsonl").read_text())
+    (tmp_path / "dapo/metrics.jsonl").write_text(json.dumps(line | {"equal_groups_drawn": 0.75}) + "\n")
+    _, _, figures = compared(capsys, tmp_path, tmp_path / "dapo")
+    assert figures["dapo", "groups of equal verdicts"]["mean"] == 0.75
+
+
 def test_configurations_are_named_by_what_sets_them_apart(capsys, three_runs):
     curve = {0: ([0] * 4, [0] * 4)}
     fake_run(three_runs / "soft", curve, [], blend="soft", gamma=20.0)
@@ -625,16 +637,23 @@ def test_failed_runs_are_listed_and_unfinished_ones_count(capsys, three_runs):
     about = json.loads((runs / "changed/run.json").read_text())
     about["resumed"] = [{"step": 0, "changed": {}}, {"step": 1, "changed": {"gamma": [1.0, 5.0]}}]
     (runs / "changed/run.json").write_text(json.dumps(about))
+    for name, how in (("stopped", "stopped"), ("broken", "failed")):
+        fake_run(runs / name, {0: ([0] * 4, [0] * 4)}, [], algo="dapo", seed=len(name))
+        about = json.loads((runs / name / "run.json").read_text())
+        ended = {"how": how, "step": 3, "why": "OSError: disk full"}
+        (runs / name / "run.json").write_text(json.dumps(about | {"ended": ended}))
     with open(three_runs / "copo-1/eval.jsonl", "a") as file:
         file.write('{"step": 30, "k":')  # killed while writing: the line before counts
     text, report, _ = compared(capsys, three_runs, three_runs / "copo-*", runs / "*")
     reasons = {path.split("/")[-1]: reason for path, reason in report["failed"].items()}
-    assert reasons.keys() == {"empty", "killed-in-warm-start", "diverged", "damaged", "older", "changed"}
+    assert reasons.keys() == {"empty", "killed-in-warm-start", "diverged", "damaged", "older", "changed", "broken"}
+    assert reasons["broken"] == "failed after step 3: OSError: disk full"
+    assert [Path(run["path"]).name for run in report["runs"]["dapo"]] == ["stopped"]
     assert "resumed with another gamma" in reasons["changed"]
     assert "run.json" in reasons["empty"] and "no evaluation" in reasons["killed-in-warm-start"]
     assert "step, 7, was finite" in reasons["diverged"] and "unreadable: JSONDecodeError" in reasons["damaged"]
     assert "'tokens'" in reasons["older"]
-    assert text.count("failed, and in no figure") == 6 and len(report["runs"]["copo"]) == 2
+    assert text.count("failed, and in no figure") == 7 and len(report["runs"]["copo"]) == 2
 
 
 def test_a_real_run_is_read(capsys, tmp_path, monkeypatch):

@@ -56,6 +56,7 @@ def told(name):
 # updates in float64, an evaluation and a checkpoint at every step.
 # Several updates that move the policy, so that clips matter.
 MANY = {"blend": "soft", "lr": 0.005, "prompts_per_step": 8, "group_size": 8}
+FIELDS = {"problem_field": "problem", "answer_field": "answer"}
 CHANGES = {
     "model": ({}, lambda runs: runs.other_model, weight),
     "dtype": ({}, "float32", metric("loss")),
@@ -64,6 +65,9 @@ CHANGES = {
     "stop": ({}, ["="], metric("length_mean", 0)),
     "data": ({}, lambda runs: runs.base["eval_data"], groups("answers")),
     "eval_data": ({}, None, lambda directory: (directory / "eval.jsonl").exists()),
+    "problem_field": (FIELDS, "solution", groups("answers")),
+    "answer_field": (FIELDS, "problem", groups("R")),
+    "data_fraction": ({}, 0.5, groups("row")),
     "max_prompt_tokens": ({}, 7, groups("row")),
     "prompts_per_step": ({}, 6, metric("prompts_drawn")),
     "group_size": ({}, 3, lambda directory: len(groups("correct")(directory)[0])),
@@ -346,6 +350,12 @@ REFUSALS = {
     "no data": ({"data": None}, "--data"),
     "no such data": ({"data": "/no/such.jsonl"}, "/no/such.jsonl"),
     "malformed data": ({"data": "BAD"}, ":2:"),
+    "half of two names": ({"problem_field": "problem"}, "belong together"),
+    "no such field": ({"problem_field": "problem", "answer_field": "gold"}, ':1: the field "gold" is missing'),
+    "more than all the data": ({"data_fraction": 1.5}, "--data-fraction is 1.5"),
+    "too small a part": ({"data_fraction": 0.1}, "2 usable"),
+    "parquet that is none": ({"data": "no.parquet"}, "no.parquet"),
+    "no such place": ({"eval_data": "hf://datasets/x.jsonl"}, "hf://datasets/OWNER/NAME/FILE"),
     "no usable held-out problem": ({"eval_data": "LONG"}, "no usable"),
     "fewer problems than P": ({"prompts_per_step": 32, "minibatch_prompts": 32}, "24 usable"),
     "G below 2": ({"group_size": 1}, "--group-size"),
@@ -385,7 +395,7 @@ REFUSALS = {
             "eval_seed samples_every gamma global_coef kl_coef overlong_factor weight_decay max_grad_norm "
             "eval_temperature dual_clip",
         0: "max_prompt_tokens max_new_tokens minibatch_prompts micro_tokens max_bad_updates eval_samples keep "
-           "verifier_workers temperature lr verifier_timeout clip_high clip_low",
+           "verifier_workers temperature lr verifier_timeout clip_high clip_low data_fraction",
         1: "beta1 beta2 verifier_memory",
         "nan": "lr temperature gamma rho kl_coef clip_low clip_high dual_clip beta1 weight_decay",
         "inf": "lr temperature gamma rho",

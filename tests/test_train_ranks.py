@@ -267,6 +267,7 @@ def test_sigterm_saves_once_and_exits_in_order(runs):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors[-3000:]
     assert output.count("stopped by SIGTERM; saved") == 1 and "--resume latest" in output
+    assert tiny_runs.ended(directory) == ("stopped", len(tiny_runs.metrics(directory)), "SIGTERM")
     assert newest(directory) == f"step-{len(tiny_runs.metrics(directory)):06d}"
 
 

@@ -82,9 +82,9 @@ def test_killed_and_resumed_is_the_same_run(runs, start_child, event, count):
     whole, directory = runs.shared(**FLAGS), runs.directory()
     process = start_child(tiny_runs.child, runs.argv(FLAGS, run_dir=directory), event, count)
     process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == -signal.SIGKILL and tiny_runs.ended(directory) is None
     resume(directory)
-    assert tiny_runs.difference(directory, whole) is None
+    assert tiny_runs.difference(directory, whole) is None and tiny_runs.ended(directory) == ("finished", 6, "")
     assert all((path / "state.json").exists() for path in (directory / "checkpoints").iterdir())
     hidden = [path for path in directory.rglob(".*") if path.name.endswith((".tmp", ".old"))]
     assert hidden == []
@@ -161,6 +161,7 @@ def test_a_signal_saves_and_ends_well(runs, monkeypatch, capsys, event, count, c
     assert sorted(path.name for path in (directory / "checkpoints").iterdir())[-1] == checkpoint
     done = directory / "metrics.jsonl"
     assert (len(tiny_runs.metrics(directory)) if done.exists() else 0) == steps
+    assert tiny_runs.ended(directory) == ("stopped", steps, number.name)
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     resume(directory)
     assert tiny_runs.difference(directory, whole) is None
@@ -172,6 +173,7 @@ def test_second_ctrl_c_stops_at_once(runs, monkeypatch, capsys):
         signal_at(patch, "after finish_update", 9, signal.SIGINT, signal.SIGINT)
         train.main(runs.argv(FLAGS, run_dir=directory))
     assert end.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+    assert tiny_runs.ended(directory) == ("stopped", 2, "")
     resume(directory)
     assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
 
@@ -296,6 +298,8 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(runs, start_
     message = errors.read_text().splitlines()[-1]
     assert "train.py: after step 4: cannot write the checkpoint" in message and "too large" in message
     assert "--resume latest" in message
+    how, step, why = tiny_runs.ended(directory)
+    assert (how, step) == ("failed", 4) and why.removeprefix("OSError: ") in message
     # The last checkpoint is whole, and half of another one does not fill the disk.
     assert {path.name: path.read_bytes() for path in last.iterdir()} == before
     assert not list((directory / "checkpoints").glob(".*"))
@@ -317,6 +321,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(runs, dama
     assert "cannot read the checkpoint" in end.value.code and "step-000002" in end.value.code
     assert "\n" not in end.value.code and "--resume DIR" in end.value.code
     assert {path.name: path.read_bytes() for path in directory.glob("*.jsonl")} == lines  # nothing was cut back
+    assert tiny_runs.ended(directory) == ("finished", 2, "")  # it has not gone on
     train.main(["--resume", str(directory / "checkpoints/step-000001"), "--steps", "6"])
     assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
 

@@ -55,7 +55,7 @@ STEP_METRICS = {
     "clip_fraction_global", "clip_fraction_local_first", "clip_fraction_global_first", "clip_fraction_local_last",
     "clip_fraction_global_last", "token_entropy", "sampler_difference", "sampler_difference_max", "updates",
     "skipped_updates", "skipped_steps", "cursor", "tokens", "responses", "sampling_rounds", "prompts_drawn",
-    "prompts_trained", "accuracy_drawn", "tokens_sampled", "prompt_tokens", "verifier_timeouts",
+    "prompts_trained", "accuracy_drawn", "equal_groups_drawn", "tokens_sampled", "prompt_tokens", "verifier_timeouts",
     "seconds", "peak_memory_gib", "seconds_other",
     *(f"seconds_{phase}" for phase in ("prefill", "decode", "verify", "forward", "backward", "optimizer", "evaluate",
                                        "save")),
@@ -102,7 +102,8 @@ def test_metrics_are_those_of_the_groups(runs):
             "consistency_entropy": np.mean(entropy), "local_weight": weight.mean(), "length_mean": length.mean(),
             "length_max": length.max(), "finished": np.mean([g["finished"] for g in mine]),
             "no_answer": np.mean([[c == -1 for c in g["class"]] for g in mine]),
-            "wrong_pushed_up": (effective[right == 0] > 0).mean(), "tokens_sampled": length.sum(),
+            "wrong_pushed_up": (effective[right == 0] > 0).mean(),
+            "equal_groups_drawn": 1 - ((right.sum(1) > 0) & (right.sum(1) < 6)).mean(), "tokens_sampled": length.sum(),
         }  # fmt: skip
         assert {name: line[name] for name in expected} == pytest.approx(expected, abs=2e-6)
         assert [g["H"] for g in mine] == pytest.approx(entropy, abs=1e-5)
@@ -119,6 +120,7 @@ def test_run_json_says_what_was_run(runs):
     record = json.loads((runs.shared() / "run.json").read_text())
     assert set(record["flags"]) == set(vars(train.flags().parse_args([])))
     assert record["flags"]["blend"] == "soft-zero" and record["flags"]["group_size"] == 4
+    assert record["ended"] == {"how": "finished", "step": 2, "why": ""}
     assert record["versions"]["torch"] == torch.__version__ and record["parameters"] > 1000
 
 
@@ -200,6 +202,8 @@ def test_dynamic_sampling_keeps_the_first_mixed_groups_in_data_order(runs, monke
         assert kept == mixed and line["prompts_trained"] == len(mixed) and line["mixed"] == 1
         assert line["sampling_rounds"] == 3 or len(mixed) == 4
         assert line["accuracy_drawn"] == pytest.approx(np.mean([right for _, right in drawn])) != line["accuracy"]
+        equal = [sum(right) in (0, group_size) for _, right in drawn]
+        assert line["equal_groups_drawn"] == pytest.approx(np.mean(equal))
         assert line["tokens_sampled"] == sum(int(batch.lengths.sum()) for batch in mine)
     assert rounds == [] and wanted in kinds, "choose another seed"
     last = tiny_runs.metrics(directory)[-1]
@@ -263,6 +267,8 @@ def test_many_bad_updates_in_a_row_end_the_run(runs, monkeypatch, capsys):
         runs.new(max_bad_updates=3, steps=5)
     assert "3 updates in a row" in end.value.code and "\n" not in end.value.code  # a message means exit code 1
     assert capsys.readouterr().out.count("WARNING update") == 3
+    why = "ValueError: 3 updates in a row were not finite: lower --lr, or look at samples.txt"
+    assert tiny_runs.ended(runs.folder / f"run{runs.count}") == ("failed", 1, why)
 
 
 def test_weights_that_are_no_numbers_end_the_run_in_one_line(runs, monkeypatch):

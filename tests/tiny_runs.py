@@ -120,6 +120,12 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def ended(directory):
+    """run.json's last word, None of a run that was killed: (how, after which step, why)."""
+    about = json.loads((directory / "run.json").read_text())
+    return tuple(about["ended"].values()) if "ended" in about else None
+
+
 def metrics(directory):
     """metrics.jsonl without what depends on the machine."""
     found = lines(directory / "metrics.jsonl")
