@@ -139,12 +139,12 @@ def rope_frequencies(config, device):
     return (1 - keep) * frequency / factor + keep * frequency
 
 
-# What the CPU is, for two choices that change speed and rounding only. MKL, which nn.Linear calls in float32, is fast
-# on Intel's; elsewhere oneDNN's product, which torch itself calls from compiled code, is two to three times as fast.
+# What the CPU is, for choices that change speed and rounding only. MKL, which nn.Linear calls in float32, is fast on
+# Intel's; elsewhere oneDNN's product, which torch itself calls from compiled code, is two to three times as fast.
 # Without units for bf16 a product of bf16 numbers is four times as fast in float32, in which it is summed anyway.
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-ONEDNN = None if "GenuineIntel" in CPU else getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-WIDEN = "bf16" not in CPU
+INTEL, WIDEN = "GenuineIntel" in CPU, "bf16" not in CPU
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None where torch was built without it
 # oneDNN keeps a compiled product for each shape it has met, 1,024 unless told: 200 are as fast, in 0.2 GiB less.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
 
@@ -158,7 +158,8 @@ def product(x, weight, bias=None):
     """x Wᵀ + b: x (...,D), weight (F,D) -> (...,F)."""
     if widened(x):  # the weight may be in float32 already
         return product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    if ONEDNN and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel():
+    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel()
+    if ONEDNN and fits and (weight.is_mkldnn or not INTEL):
         return ONEDNN(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -179,7 +180,7 @@ class _Product(torch.autograd.Function):
 
 class Linear(nn.Linear):
     def forward(self, x):
-        if widened(x) or (ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32):
+        if widened(x) or (ONEDNN and not INTEL and x.device.type == "cpu" and x.dtype == torch.float32):
             return _Product.apply(x, self.weight, self.bias)
         return super().forward(x)  # which in bf16 calls oneDNN by itself
 
@@ -382,8 +383,9 @@ class Transformer(nn.Module):
 
         def pack(matrix):
             matrix = matrix.float() if widened(matrix) else matrix
-            # About how many rows there will be; without oneDNN, columns in one piece: MKL need not turn them round.
-            return torch.ops.mkldnn._reorder_linear_weight(matrix, batch_size=32) if ONEDNN else matrix.T.contiguous().T
+            if ONEDNN and (not INTEL or matrix.numel() > 2**18):  # MKL is quicker to start
+                return torch.ops.mkldnn._reorder_linear_weight(matrix, batch_size=32)  # about how many rows
+            return matrix.T.contiguous().T  # each column in one piece, which MKL need not turn round
 
         try:
             if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):

@@ -383,10 +383,17 @@ def test_rope_keeps_its_precision_in_bf16(kind):
     torch.testing.assert_close(keys[0], keys[1], atol=0.02 * float(keys[1].abs().max()), rtol=0)
 
 
+@pytest.fixture(params=[(True, True), (True, False), (False, False)], ids=["intel without bf16", "intel", "another"])
+def cpu(request, monkeypatch):
+    """The products of each kind of CPU, whichever runs the tests."""
+    monkeypatch.setattr(model_file, "INTEL", request.param[0])
+    monkeypatch.setattr(model_file, "WIDEN", request.param[1])
+
+
 @pytest.mark.parametrize("dtype,limit", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7, 1), (0, 4)])
-def test_linear_and_its_gradients_equal_torchs(dtype, limit, bias, shape):
+def test_linear_and_its_gradients_equal_torchs(cpu, dtype, limit, bias, shape):
     torch.manual_seed(0)
     layer, x = Linear(24, 40, bias=bias), torch.randn(*shape, 24)
     plain, outer = torch.nn.Linear(24, 40, bias=bias).double(), torch.randn(*shape, 40, dtype=torch.float64)
@@ -407,9 +414,10 @@ def test_linear_and_its_gradients_equal_torchs(dtype, limit, bias, shape):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("dtype,limit", [(torch.float64, 0), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_a_packed_model_computes_the_same_and_forgets_it_afterwards(kind, dtype, limit):
+def test_a_packed_model_computes_the_same_and_forgets_it_afterwards(cpu, kind, dtype, limit):
     """Packed copies that outlive their block would go on sampling from the weights of an older step."""
-    model = Transformer.from_config(random_config(kind, False, 3), dtype=dtype)
+    large = {"vocab_size": 2**14}  # so that the head counts as a large matrix
+    model = Transformer.from_config(random_config(kind, False, 3) | large, dtype=dtype)
     model.num_tokens -= 5
     ids, names = random_ids(model.config.raw, 3, 9), set(model.state_dict())
     expected = ours_logits(model, ids)
