@@ -157,7 +157,7 @@ DIFFERENT = [
     ("True", "False"), ("(-1)^n", "1"), (r"x\ge0", "x>0"), ("y=x", "y=-x"), ("2:3", "3:2"), ("A", "a"),
     (r"\cos A=\frac12", r"\frac13"), ("10^6", "10^7"), ("x_1", "x_2"), ("a_n", "a_m"),
     (r"\{1,3,5,\ldots\}", r"\{1,3,5\}"), (r"\sqrt{x^2}", "x"), (r"\sqrt{(x-1)^2}", "x-1"), ("5 cents", r"\$5"),
-    ("x<3", "y<3"), ("1=x", "1=1"), (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}"),
+    ("x<3", "y<3"), ("ix<0", "x<0"), ("1=x", "1=1"), (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}"),
 ]  # fmt: skip
 
 
@@ -594,14 +594,19 @@ def test_gsm8k_references_equal_themselves_and_nothing_else(shared):
         assert reward.is_equivalent(left, right) == same, (left, right)
 
 
-def test_pairs_that_were_written_without_a_look_at_the_checker():
-    """checker_pairs.jsonl: 400 labelled pairs of all kinds, by somebody who knew the rules and not the code. When they
-    were first tried 392 came out right (96.0 % and 99.3 % of the true and false ones of `rlvr`, all of `cas`)."""
+@pytest.mark.parametrize("batch, floors", [(1, (0.95, 1, 1, 1)), (2, (0.93, 1, 0.86, 1)), (3, (1, 1, 1, 1))])
+def test_pairs_that_were_written_without_a_look_at_the_checker(batch, floors):
+    """checker_pairs.jsonl: labelled pairs of all kinds, by authors who knew the rules and not the code; rules were
+    mended after each batch. What came out right at the first try, of the true and false ones of `rlvr` and of `cas`:
+    batch 1, 96.0, 99.3, 100 and 100 %; batch 2 (hard on purpose), 88.0, 100, 81.8 and 100 %; batch 3, 97.4 and three
+    times 100 %."""
     lines = Path(__file__).with_name("checker_pairs.jsonl").read_text(encoding="utf-8").splitlines()
     found = {}
     for pair in map(json.loads, lines):
-        right = reward.score("\\boxed{" + pair["pred"] + "}", pair["gold"]) > 0
-        found.setdefault((pair["tier"], pair["expect"]), []).append(right == pair["expect"])
+        if pair["batch"] == batch:
+            response = pair["pred"] if pair.get("form") == "response" else "\\boxed{" + pair["pred"] + "}"
+            right = reward.score(response, pair["gold"]) > 0
+            found.setdefault((pair["tier"], pair["expect"]), []).append(right == pair["expect"])
     shares = {kind: sum(verdicts) / len(verdicts) for kind, verdicts in found.items()}
-    assert shares["rlvr", True] > 0.95 and shares["rlvr", False] == 1
-    assert shares["cas", True] == shares["cas", False] == 1
+    kinds = (("rlvr", True), ("rlvr", False), ("cas", True), ("cas", False))
+    assert all(shares[kind] >= floor for kind, floor in zip(kinds, floors)), shares
