@@ -17,11 +17,12 @@ import contextlib
 import ctypes
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import random
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -166,27 +167,25 @@ def load_problems(path, dropped: Counter | None = None, shapes=SHAPES, fraction=
 
 
 # -- extraction: where in a response the answer stands -----------------------------------------------------------------
+# No expression here repeats a repetition, and each stops at what begins it: a megabyte of "\(" or "$" stays linear.
 BOX = re.compile(r"\\(?:(?:begin)?boxed|f(?:rame)?box)\s*(?:(?P<open>\{)|(?P<bare>[^\s{}$\\.,]+))|\\.|[{}]", re.S)
-DELIMITER = re.compile(r"\\\$|\$\$?|\\[()\[\]]|\n\s*\n")
-CLOSING_DELIMITER = {"$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
+INSIDE = r"(?:\\(?![()\[\]]).|[^$\\\n]|\n(?![ \t]*\n))+"  # of a formula: no other delimiter, no empty line
+FORMULA = re.compile(  # a dollar that a space follows closes none: "it costs $5 and $6" has no formula
+    rf"\\\$|\$\$({INSIDE})\$\$|\$(?!\s)({INSIDE})(?<!\s)\$|\$(?=\s)({INSIDE})\$|\\[(\[]({INSIDE})\\[)\]]", re.S
+)
 # What may stand between two boxes or formulas that are one answer: spaces, a comma, "and", "or", a short \text.
 JOIN = re.compile(r"(?:[\s$,;&]|\\[,;:! ()\[\]]|\\q?quad|\\(?:text|mbox)\{[^{}]{0,40}\}|\band\b|\bor\b)*")
 NUMBER = re.compile(
     r"(?<![A-Za-z\d._^)])-?(?<![A-Za-z\d._])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?|(?<!\d)\.\d+"
+    r"|-?\\[dt]?frac\{\d+\}\{\d+\}"
 )
-ANSWER = r"(?:answer|réponse|respuesta|resposta|risposta|antwort|ответ|答案|答え|答)"
-LABEL = re.compile(rf"{ANSWER}\s?(?:\*\*|\}})?\s?[:：=]\s?(?:\*\*|\}})?", re.I)
-FINAL = re.compile(r"final (?:answer|result) (?:is|are|=)\s?:?", re.I)
-IS = r"(?:\b(?:is|are|est|es|ist|è|é)\b|是|为|為|は)"
-PHRASE = re.compile(rf"(?:{ANSWER}|solution|result)[^\n.:：$]{{0,40}}?{IS}\s?:?", re.I)
+BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 LETTER = re.compile(
     r"\b(?i:it'?s|is|be|est|choose|option|choice|pick|select)\s?:?\s?[(*]{0,3}([A-J])(?![A-Za-z0-9'])"
-    r"|\A\W{0,3}([A-J])(?=[.,:;)*]|\s*\Z|[^\x00-\x7f])")  # fmt: skip
-BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
+    r"|\A\W{0,3}([A-J])(?=[.,:;)*]|\s*\Z|[^\x00-\x7f])"
+)
 CLAUSE_LETTER = re.compile(r"(?:^|(?<=[\s(]))([A-J])(?=$|[\s,.):])(?! [a-z])|^([B-J]) [a-z]{3}")
 SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>")
-# Two words side by side, or two letters of a script without spaces; LaTeX's own words do not count.
-PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-zÀ-ÿ]{2,20}[:,]?\s+(?:[^\W\d]{1,20}\s|[\\$(\d])|[^\W\d_A-Za-zÀ-ÿα-ωΑ-Ω]{2}")
 
 
 def after_thinking(text: str) -> str | None:
@@ -196,7 +195,7 @@ def after_thinking(text: str) -> str | None:
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""(start, end, content) of every complete outermost box one pass: 2 in "\boxed{\frac12}, \boxed 3, \boxed{4"."""
+    r"""(start, end, content) of every complete outermost box: 2 in "\boxed{\frac12}, \boxed 3, \boxed{4"."""
     boxes, stack = [], []
     for token in BOX.finditer(text):
         if token["bare"]:
@@ -212,19 +211,7 @@ def find_boxes(text: str) -> list[tuple[int, int, str]]:
 
 def find_formulas(text: str) -> list[tuple[int, int, str]]:
     r"""(start, end, content) of each $…$, $$…$$, \(…\), \[…\]; a lone dollar is money: "$5, then $x=2$" has "x=2"."""
-    formulas, opened = [], None
-    for token in DELIMITER.finditer(text):
-        mark, start, end = token[0], token.start(), token.end()
-        spaced = mark == "$" and text[start - 1 : start].isspace()
-        if opened and mark == CLOSING_DELIMITER[opened[0]] and not (spaced and opened[2]):
-            if text[opened[1] : start].strip():
-                formulas.append((opened[1] - len(opened[0]), end, text[opened[1] : start]))
-            opened = None
-        elif mark in CLOSING_DELIMITER and (opened is None or mark == "$"):
-            opened = (mark, end, not text[end : end + 1].isspace())
-        elif mark[0] == "\n":
-            opened = None
-    return formulas
+    return [(*found.span(), found[found.lastindex]) for found in FORMULA.finditer(text) if found.lastindex]
 
 
 def last_run(found: list[tuple[int, int, str]], text: str) -> str | None:
@@ -269,17 +256,6 @@ def from_bold(text: str) -> str | None:
     return bold[1].strip(" .") if bold and readable(bold[1].strip(" .")) else None
 
 
-def from_tag(text: str) -> str | None:
-    """<answer> 12 </answer> -> "12"."""
-    _, opened, content = text.rpartition("</answer>")[0].rpartition("<answer>")
-    return content.strip() if opened else None
-
-
-def from_hashes(text: str) -> str | None:
-    """6*7 = 42\\n#### 42 -> "42"."""
-    return text.rpartition("####")[2].strip(" :\r\n").split("\n")[0] if "####" in text else None
-
-
 def from_letter(text: str) -> str | None:
     """A choice in prose, if no number follows: "It's not A, so I think it's B" -> "B", "B不是 A" -> "B"."""
     last = last_match(LETTER, text)
@@ -293,17 +269,35 @@ def from_formula(text: str) -> str | None:
     return run if readable(run) and (re.search(r"\d", run) or not NUMBER.search(text, formulas[-1][1])) else None
 
 
+def last_group(pattern: re.Pattern, text: str) -> str | None:
+    """What the pattern's group holds where it matches last."""
+    found = last_match(pattern, text)
+    return found[found.lastindex or 0].strip() if found else None
+
+
+def clause(pattern: str):
+    """A rule: what follows the last match of this pattern."""
+    return partial(from_clause, re.compile(pattern, re.I))
+
+
+def last(pattern: str):
+    """A rule: the group of the last match of this pattern."""
+    return partial(last_group, re.compile(pattern, re.S))
+
+
+ANSWER = r"(?:answer|réponse|respuesta|resposta|risposta|antwort|ответ|答案|答え|答)"
+IS = r"(?:\b(?:is|are|est|es|ist|è|é)\b|是|为|為|は)"
 RULES = (  # in the order of trust: the first rule that finds something decides
     ("box", lambda text: last_run(find_boxes(text), text)),  # the last complete \boxed{…}: what prompts ask for
-    ("tag", from_tag),  # <answer>…</answer>: the other format of prompts
-    ("label", lambda text: from_clause(LABEL, text)),  # Answer: … stands for nothing else
-    ("final", lambda text: from_clause(FINAL, text)),  # the final answer is …: said once, at the end
-    ("hashes", from_hashes),  # #### 42: GSM8K's own format
-    ("phrase", lambda text: from_clause(PHRASE, text)),  # the answer is …: may also be said of a part
+    ("tag", last(r"<answer>((?:(?!</?answer>).)+)</answer>")),  # <answer>…</answer>: the other format of prompts
+    ("label", clause(rf"{ANSWER}\s?(?:\*\*|\}})?\s?[:：=]\s?(?:\*\*|\}})?")),  # Answer: … stands for nothing else
+    ("final", clause(r"final (?:answer|result) (?:is|are|=)\s?:?")),  # said once, at the end
+    ("hashes", last(r"####[\s:]*([^\n]+)")),  # GSM8K's own format
+    ("phrase", clause(rf"(?:{ANSWER}|solution|result)[^\n.:：$]{{0,40}}?{IS}\s?:?")),  # may also be said of a part
     ("bold", from_bold),  # **…**: what the model itself stresses, if it can be read as an answer
     ("letter", from_letter),  # it's (B): only if no number follows
     ("formula", from_formula),  # the last $…$: usually the result; two points better than the last number
-    ("number", lambda text: getattr(last_match(NUMBER, text), "group", str)()),  # the last number: a guess
+    ("number", partial(last_group, NUMBER)),  # the last number: a guess
 )
 FIND = dict(RULES)
 
@@ -312,9 +306,9 @@ def find_answer(text: str) -> tuple[str | None, str]:
     """(answer, name of the rule that found it). A whole sentence in a box is read by the other rules but the last."""
     reply = after_thinking(text) if isinstance(text, str) else None
     reply = SPECIAL.sub("\n", reply[-MAX_RESPONSE:]) if reply else ""
-    for name, rule in FIND.items():
+    for name, rule in RULES:
         if answer := rule(reply):
-            if name == "box" and PROSE.search(answer) and parse(answer).value is None and "\\begin" not in answer:
+            if name == "box" and parse(answer).value is None:  # perhaps a sentence
                 answer = next(filter(None, (inner(answer) for _, inner in RULES[2:-1])), answer)
             return answer, name
     return None, "none"
@@ -331,22 +325,32 @@ def reference_answer(text: str) -> str:
 
 
 # -- normalise, tokens -------------------------------------------------------------------------------------------------
+FUNCTIONS = {"ln": "log", "lg": "log", "abs": "Abs", "ceil": "ceiling",  # our name -> sympy's
+             "arcsin": "asin", "arccos": "acos", "arctan": "atan", **{name: name for name in str.split(
+             "sin cos tan cot sec csc sinh cosh tanh asin acos atan log exp sqrt floor binomial")}}  # fmt: skip
+CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "inf": sympy.oo, "infinity": sympy.oo, "oo": sympy.oo}
+GREEK = str.split("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
+                  "chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega Pi")  # fmt: skip
+KNOWN = {*FUNCTIONS, *CONSTANTS, *GREEK}
+LETTERS = {  # α -> \\alpha
+    unicodedata.lookup(f"GREEK {size} LETTER {name.upper().replace('LAMB', 'LAM')}"): f"\\{name} "
+    for name in GREEK for size in ("SMALL" if name.islower() else "CAPITAL",)}  # fmt: skip
 SIGNS = str.maketrans({
-    **{sign: f"^{{{digit}}}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}, "⁄": "/", '"': " ", "≠": "!=", "≈": "~",
-    **{sign: new for signs, new in (("−–—‐", "-"), ("×·⋅∙∗", "*"), ("÷∕", "/"), ("≤⩽", "<="), ("≥⩾", ">="),
+    **LETTERS, **{sign: f"^{{{digit}}}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}, "≠": "!=", "≈": "~", '"': " ",
+    **{sign: new for signs, new in (("−–—‐", "-"), ("×·⋅∙∗", "*"), ("÷∕⁄", "/"), ("≤⩽", "<="), ("≥⩾", ">="),
                                     ("€£¥₹", r"\$")) for sign in signs},
-    "∞": " inf ", "π": " pi ", "√": r"\sqrt ", "∪": r"\cup ", "±": r"\pm ", "ℝ": r"\mathbb{R}", "º": "°",
+    "∞": " inf ", "π": " pi ", "√": r"\sqrt ", "∪": r"\cup ", "±": r"\pm ", "ℝ": r"\mathbb{R}", "º": "°", "¢": " cents",
     "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "∅": r"\emptyset ", "∠": r"\angle ", "′": "'",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∖": r"\setminus ", "⟨": "(", "⟩": ")",
     "’": "'", "。": ".", "、": ",", "\u200b": "", "\ufeff": "",
 })  # fmt: skip
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
-SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,;:! ]\s?|\{,\}|,\\!|[ \u00a0\u202f])\d{3})+(?!\d)")
+SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,;:! ]\s?|\{,\}|,\\!\s?|[ \u00a0\u202f])\d{3})+(?!\d)")
 EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3}){2,}|-?\d{1,3}(?:\.\d{3})+,\d+")
 TEXT = re.compile(r"\\(?:text|mbox|hbox|mathrm|mathsf|mathbf|operatorname)(?:bf|it|rm|normal|tt)?\s*\{([^{}]*)\}")
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)\\\\(?=[A-Za-z])(?![\s\S]*\\end)", r"\\"),  # a doubled backslash, unless it ends a row
-    (r"\\(?:left|right)\s*\.|\\[()\[\]](?!\d+(?:pt|em))|\\q?quad", " "),
+    (r"\\(?:left|right)\s*\.|\\[()\[\]](?!\d+(?:pt|em))|\\q?quad|\\pmod\s*\{[^{}]*\}", " "),
     (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
     (r"\\mathbb\s*\{?\s*R\s*\}?|(?i:\ball real numbers\b)", "ℝ"),
     (r"(?<=\d)\s*[xX]\s*(?=10\s?\^)", "*"),  # 1.5 x 10^3
@@ -355,12 +359,15 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\blog(\d+)\(", r"log_{\1}("),
     (r"(?i:^\W{0,3}(?:option|choice)\s+)(?=\W?[A-J]\W?$)", ""),
     (r"\b(?:square|sq\.?) ([A-Za-z]+)", r"\1^2"),  # square feet
+    (r"(?i:\b([ap])\.m\b\.?)", r"\1m"),  # 10:45 a.m.
+    (r"(?<=[.\d])(\d)\1{1,30}\s?(?:\.\.\.|\\[cl]?dots)", r"\\overline{\1}"),  # 0.333...
+    (r"%(?=pi\b|[ei]\b)", ""),  # the constants of Maxima
 )]  # fmt: skip
 
 
 def quote_words(match: re.Match) -> str:
     r"""\text{ square cm} -> "square" "cm"; a single letter (\text{C}) stays mathematics unless it is a unit."""
-    return " " + re.sub("[A-Za-z]{2,}|[mgshL]", r'"\g<0>"', match[1]) + " "
+    return " " + re.sub(r"[A-Za-z]{2,}|[mgshL]|\ba(?= [a-z]{2})", r'"\g<0>"', match[1]) + " "
 
 
 def normalise(text: str, thousands: bool = True) -> str:
@@ -369,58 +376,51 @@ def normalise(text: str, thousands: bool = True) -> str:
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     text = SPACED_THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), TEXT.sub(quote_words, text))
-    text = text.strip().rstrip("\\.,; \n\t")
+    text = re.sub(r"(?<!\\)\\[,;:!\s]", " ", text).strip().rstrip("\\.,; \n\t")
     if thousands and not re.search(r"[(\[]|\\\{|\\lbrace", text):  # inside brackets a comma separates values
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     return text.replace(".", "").replace(",", ".") if EUROPEAN.fullmatch(text) else text
 
 
 class Token(NamedTuple):
-    """A piece of an answer; "end" follows the last."""
+    """A piece of an answer."""
     kind: str  # number; name (a symbol, function or constant); text (a word); op; command (of LaTeX, unknown); end
-    text: str
+    text: str  # an operator that is a LaTeX command keeps its backslash, so that no word can be one
 
 
 TOKEN = re.compile(
     r"(?P<space>\s+|~(?=\\|\s))"
-    r"|(?<![\^_])(?P<mixed>\d+(?:\s+\d+\s?/\s?\d+|\s?\\[dt]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)))(?![\d.])"
+    r"|(?<![\^_])(?P<mixed>\d+(?:\s+\d+\s?/\s?\d+|\s*\\[dt]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)))(?![\d.])"
     r"|(?P<number>\d*\.\d*\\(?:overline|bar|dot)\{\d+\}|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![A-Za-z\d]))?)"
-    r'|\\(?P<environment>(?:begin|end)\{[a-z]+\*?\})(?:\{[lcr| ]*\})?|\\(?P<command>[A-Za-z]+|.)|"(?P<text>[A-Za-z]+)"'
-    r"|(?P<subscript>_\s*(?:[A-Za-z0-9]|\{[A-Za-z0-9,\s]+\}))|(?P<word>[A-Za-z]+)|(?P<greek>[Α-ω])"
-    r"|(?P<op>\*\*|<=|>=|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈])", re.S,
+    r'|\\(?P<bracket>(?:begin|end)\{[a-z]+\*?\})(?:\{[lcr| ]*\})?|\\(?P<command>[A-Za-z]+|.)|"(?P<text>[A-Za-z]+)"'
+    r"|(?P<subscript>_\s*(?:[A-Za-z0-9]|\{[A-Za-z0-9,\s]+\}))|(?P<word>[A-Za-z]+)"
+    r"|(?P<op>\*\*|<=|>=|<>|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈])", re.S,
 )  # fmt: skip
-GREEK = {  # α -> alpha
-    unicodedata.lookup(f"GREEK {size} LETTER {name.replace('LAMBDA', 'LAMDA')}"): title(name)
-    for name in str.split("ALPHA BETA GAMMA DELTA EPSILON ZETA ETA THETA IOTA KAPPA LAMBDA MU NU XI RHO SIGMA TAU "
-                          "UPSILON PHI CHI PSI OMEGA") for size, title in (("SMALL", str.lower), ("CAPITAL", str.title))
-}  # fmt: skip
-DROPPED = ("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits mathbb "
-           "mathbf boldsymbol bm vec mathit mathrm operatorname rm bf it , ; : ! space")  # fmt: skip
-SPELLINGS = {  # of commands and signs: another -> ours; "" is dropped
-    **dict.fromkeys([*DROPPED.split(), " ", "\n"], ""), **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
-    **dict.fromkeys(("cdot", "times", "ast"), "*"), **dict.fromkeys(("le", "leq", "leqslant", "=<"), "<="),
-    **dict.fromkeys(("ge", "geq", "geqslant", "=>"), ">="), **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
-    "div": "/", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~", "backslash": "setminus",
-    "{": "set{", "}": "set}", "lbrace": "set{", "rbrace": "set}", "langle": "(", "rangle": ")", "\\": "row",
-    "degree": "°", "in": "∈", "dbinom": "binom", "tbinom": "binom", "land": ",", "lor": ",", "varphi": "phi",
-    "infty": "inf", "varepsilon": "epsilon", "varnothing": "emptyset", "colon": ":", "prime": "'", "**": "^", "==": "=",
-}  # fmt: skip
-SYMPY_NAMES = {"ln": "log", "lg": "log", "abs": "Abs", "ceil": "ceiling", "arcsin": "asin", "arccos": "acos"}
-SYMPY_NAMES["arctan"] = "atan"
-FUNCTIONS = {*SYMPY_NAMES, *str.split("sin cos tan cot sec csc sinh cosh tanh asin acos atan log exp sqrt floor")}
-CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "inf": sympy.oo, "infinity": sympy.oo, "oo": sympy.oo}
-KNOWN = {*FUNCTIONS, *CONSTANTS, *GREEK.values()}
+DROPPED = str.split("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits "
+                    "nolimits mathbb mathbf boldsymbol bm vec mathit mathrm operatorname rm bf it space large Large")
+SPELLINGS = {spelling: ours for spellings, ours in (  # of LaTeX commands and of signs
+    (DROPPED, ""), (("dfrac", "tfrac", "cfrac"), "\\frac"), (("dbinom", "tbinom"), "\\binom"), (("div",), "/"),
+    (("cdot", "times", "ast"), "*"), (("le", "leq", "leqslant", "=<"), "<="), (("ge", "geq", "geqslant", "=>"), ">="),
+    (("lt",), "<"), (("gt",), ">"), (("ne", "neq", "<>"), "!="), (("lvert", "rvert", "vert", "mid"), "|"),
+    (("approx", "simeq"), "~"), (("backslash",), "\\setminus"), (("{", "lbrace"), "\\{"), (("}", "rbrace"), "\\}"),
+    (("langle",), "("), (("rangle",), ")"), (("degree",), "°"), (("in",), "∈"), (("land", "lor"), ","),
+    (("varphi",), "phi"), (("varepsilon",), "epsilon"), (("infty",), "inf"), (("varnothing",), "\\emptyset"),
+    (("colon",), ":"), (("prime",), "'"), (("**",), "^"), (("==",), "="), (("%",), "%"),
+) for spelling in spellings}  # fmt: skip
 LONG_NAMES = "|".join(sorted((name for name in KNOWN if len(name) > 1), key=len, reverse=True))
 GLUED = re.compile(rf"({LONG_NAMES})([A-Za-z]{{1,2}})$")  # sinx, lnx, pir
 DIGITS = {word: str(n) for n, word in enumerate(str.split("zero one two three four five six seven eight nine ten"))}
-PREFIXES = {"frac", "binom", "sum", "prod", "lfloor", "lceil", "emptyset"}  # commands that begin a value
-OPERATORS = PREFIXES | {*"+-*/^=<>%|(){}[],:&'°~∈", "<=", ">=", "!=", "cup", "setminus", "set{", "set}", "row"}
-OPERATORS |= {"rfloor", "rceil", "pm", "mp"}
+BRACKETS = {  # each with what may close it
+    "(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "\\lfloor": ("\\rfloor",), "\\lceil": ("\\rceil",),
+    **{f"begin{{{name}}}": (f"end{{{name}}}",) for name in ("matrix", "pmatrix", "bmatrix", "array")}}  # fmt: skip
+CLOSING = {*chain.from_iterable(BRACKETS.values())}
+PREFIXES = {*BRACKETS, "\\frac", "\\binom", "\\sum", "\\prod", "\\emptyset"}  # operators that begin a value
+OPERATORS = PREFIXES | CLOSING | {"\\cup", "\\setminus", "\\\\", "\\pm", "\\mp"}
 UNITS = {alias: names.split()[0] for names in str.split((  # every spelling -> the first
     "cm centimeter centimetre;mm millimeter millimetre;km kilometer kilometre;m meter metre;ft foot feet;in inch inche;"
     "yd yard;mi mile;kg kilogram;g gram;mg milligram;lb pound;oz ounce;s sec second;min minute;h hr hour;day;week;"
-    "month;mol;mph;year yr;L l liter litre;mL ml milliliter;dollar usd buck;cent;deg degree;rad radian;gallon;"
-    "% percent pct percentage;am;pm"), ";") for alias in names.split()}  # fmt: skip
+    "month;mol;mi/h mph;/ per;year yr;L l liter litre;mL ml milliliter;dollar usd buck;cent;deg degree;rad radian;"
+    "gallon;% percent pct percentage;am;pm"), ";") for alias in names.split()}  # fmt: skip
 UNIT_SIGNS = {"^", "/", "*", "2", "3", "{", "}"}
 
 
@@ -435,27 +435,29 @@ class Unparsed(ValueError):
 
 
 def tokenise(text: str) -> list[Token]:
-    r"""LaTeX and plain maths in one spelling: "\dfrac12\cdot xy" -> frac 12 * x y."""
+    r"""LaTeX and plain maths in one spelling: "\dfrac12\cdot xy" -> \frac 1 2 * x y."""
     tokens, position = [], 0
     while position < len(text):
         match = TOKEN.match(text, position)
         if not match or len(tokens) > MAX_TOKENS:
             raise Unparsed("too long" if match else f"{text[position]!a} is not mathematics")
         position, kind, value = match.end(), match.lastgroup, match[match.lastgroup]
+        before = tokens[-1] if tokens else Token("op", "")
         if kind == "word":
-            tokens += split_word(value, tokens[-1] if tokens else Token("op", ""))
+            tokens += split_word(value, before)
         elif kind == "text":
             kind = "number" if value in DIGITS else "name" if value in KNOWN else "text"
             tokens.append(Token(kind, DIGITS.get(value, value)))
-        elif kind in ("command", "op"):
-            value = SPELLINGS.get(value, value) if kind == "command" or len(value) == 2 else value
-            kind = "op" if kind == "op" or value in OPERATORS else "name" if value in KNOWN else "command"
+        elif kind == "command":
+            value = SPELLINGS.get(value, value if value in KNOWN else f"\\{value}")
+            kind = "name" if value in KNOWN else "command" if value[:1] == "\\" and value not in OPERATORS else "op"
             tokens += [Token(kind, value)] if value else []
-        elif kind == "subscript":
-            tokens.append(Token(kind, re.sub(r"[\s{}]", "", value)))
+        elif kind == "number" and value.isdigit() and before.text == "\\frac":  # \frac12 is 1/2
+            tokens += [Token(kind, digit) for digit in value]
         elif kind != "space":
-            kind = {"greek": "name", "environment": "op"}.get(kind, "number")
-            tokens.append(Token(kind, GREEK.get(value, value)))
+            value = re.sub(r"[\s{}]", "", value) if kind == "subscript" else value
+            value = SPELLINGS.get(value, value) if len(value) == 2 else value  # ** and such
+            tokens.append(Token({"mixed": "number", "bracket": "op"}.get(kind, kind), value))
     return tokens
 
 
@@ -478,7 +480,6 @@ class Leaf(NamedTuple):
     expr: sympy.Expr  # an inert tree
     approximate: bool = False  # holds a decimal that is no integer
     unit: str = ""  # a known unit, "%" for a percentage
-    plain: bool = True  # nothing left to calculate, see is_equivalent
 
 
 class Seq(NamedTuple):
@@ -489,9 +490,8 @@ class Seq(NamedTuple):
 
 class Relation(NamedTuple):
     """A chain of values: x = 5, a = b = 3, 1 < x <= 2, x + y = 7."""
-    sides: tuple  # values; None for a side in words ("Area = 5")
+    sides: tuple  # values; a str for a side in words ("Area = 5")
     ops: tuple  # "=", "<", "<=", "!=", "∈"; a chain that begins with > is turned round
-    names: tuple  # the spelling of each side that only names something (x, x_1, f(x), Area), else ""
 
 
 def is_kind(value, *kinds: str) -> bool:
@@ -507,9 +507,13 @@ def bits(value: Rational) -> int:
     return value.p.bit_length() + value.q.bit_length()
 
 
-def number(text: str) -> Rational:
-    r"""1.50 -> 3/2, .5e3 -> 500, 0.1\overline{6} -> 1/6, 1\frac45 -> 9/5."""
-    if mixed := re.fullmatch(r"(\d+)(?:\s+|\s?\\\w*?frac\D*)(\d+?)\D*?(\d+)\}?", text):
+def number(text: str, base: str = "") -> Rational:
+    r"""1.50 -> 3/2, .5e3 -> 500, 0.1\overline{6} -> 1/6, 1\frac45 -> 9/5, 52 in base 8 -> 42."""
+    if base:
+        if base not in map(str, range(2, 11)) or not {*text} <= {*"0123456789"[: int(base)]}:
+            raise Unparsed("not a number in that base")
+        return Integer(int(text, int(base)))
+    if mixed := re.fullmatch(r"(\d+)(?:\s+|\s*\\\w*?frac\D*)(\d+?)\D*?(\d+)\}?", text):
         whole, top, bottom = (Integer(int(part)) for part in mixed.groups())
         fraction = divide(top, bottom)
         return whole + fraction if fraction < 1 else whole * fraction
@@ -522,15 +526,9 @@ def number(text: str) -> Rational:
     return value + Rational(int(digits or 0), (10 ** len(digits) - 1 or 1) * 10 ** len(mantissa.partition(".")[2]))
 
 
-def number_in_base(digits: str, base: str) -> Integer:
-    """52_8 -> 42."""
-    if base not in map(str, range(2, 11)) or any(digit not in "0123456789"[: int(base)] for digit in digits):
-        raise Unparsed("not a number in that base")
-    return Integer(int(digits, int(base)))
-
-
 def fold(kind, neutral: int, *items):
     """An inert sum or product whose rational part is computed: 1 + x + 2 -> x + 3, 2 * x * 3 -> x * 6."""
+    items = [part for item in items for part in (item.args if item.func is kind else [item])]
     rational, rest = Integer(neutral), [item for item in items if not item.is_Rational]
     for item in items:
         if item.is_Rational:
@@ -578,7 +576,7 @@ def root(value, index):
 
 def apply(name: str, *values):
     """A function by its name: ln x, |x|, floor(7/2) -> 3, factorial(5) -> 120, binomial(5, 2) -> 10."""
-    name, rational = SYMPY_NAMES.get(name, name), all(value.is_Rational for value in values)
+    name, rational = FUNCTIONS.get(name, name), all(value.is_Rational for value in values)
     if len(values) != 1 + (name == "binomial"):
         raise Unparsed(f"{name} of {len(values)} values")
     if name in ("factorial", "binomial") and rational:
@@ -599,26 +597,22 @@ def tree(value):
     return value
 
 
-def product(factors: list):
-    """Of numbers; of numbers and one matrix, entry by entry."""
-    if matrix := next((factor for factor in factors if is_kind(factor, "matrix")), None):
-        others = [factor for factor in factors if factor is not matrix]
-        return Seq("matrix", tuple(product([entry, *others]) for entry in matrix.items))
-    result = multiply(*map(tree, factors))
-    return Leaf(result) if isinstance(factors[0], Leaf) else result  # an entry of a matrix
+def scale(value, factor):
+    """A number times a number; a vector, point or matrix entry by entry."""
+    if is_kind(value, "matrix", "()"):
+        return Seq(value.kind, tuple(scale(item, factor) for item in value.items))
+    result = multiply(tree(value), tree(factor))
+    return value._replace(expr=result) if isinstance(value, Leaf) else result
 
 
-# -- the parser, one method a level: items > relation > union > leaf > sum > term > factor > atom ----------------------
-RELATIONS = {"=", "~", "<", "<=", ">", ">=", "!=", "∈"}
+# -- the parser: several > relation > union > leaf cut or step along the top; expression reads by binding power --------
 TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
-SEPARATORS = RELATIONS | {",", ";", "and", "or"}
-BRACKETS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "set{": ("set}",)}  # each with what may close it
-PAIRS = {"|": ("|", "Abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
+RELATIONS, SEPARATORS = {*TURNED, "=", "~", "!=", "∈"}, {",", ";", "and", "or"}
+SIGNS_OF_TERMS = ("+", "-", "\\pm", "\\mp")
+LEVELS = {**dict.fromkeys(SIGNS_OF_TERMS, 1), "*": 2, "/": 2, ":": 2, "^": 4, "!": 4, "°": 4}  # how tightly they bind
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-ARGUMENT = r"\([A-Za-z0-9_,]{1,40}\)"
-NAME = re.compile(rf"[A-Za-z]+(?:_[A-Za-z0-9]+)?'*(?:\^-1)?(?:{ARGUMENT})?|{ARGUMENT}")  # x_1, f(x), (x,y)
-EVENT = re.compile(r"[A-Z]\([^()]{1,40}\)")  # P(X = 2)
 REAL_LINE = Seq("()", (Leaf(multiply(sympy.oo, Integer(-1))), Leaf(sympy.oo)))
+NO_SOLUTION = {"no solution", "no solutions", "no real solution", "no real solutions", "empty set"}
 
 
 class Parser:
@@ -626,10 +620,11 @@ class Parser:
 
     def __init__(self, tokens: list[Token]):
         self.tokens, self.at = [*tokens, *[Token("end", "")] * 3], 0  # three, for looking ahead
+        self.partner = partners(tokens)
         self.depth = self.steps = 0
-        self.sign, self.two_signs = 1, False  # which of the two values of ± is being read, and whether there is a ±
-        self.unit, self.operations = "", 0  # of the leaf being read; operations left to calculate, so far
-        self.bars = 0  # 1 where | closes something
+        self.sign = 1  # which of the two values of ± is being read
+        self.unit, self.rounded = "", False  # of the leaf being read; whether it holds a decimal that is no integer
+        self.bars = False  # whether | closes something
         self.bound: dict[str, Integer] = {}  # summation variables
 
     @property
@@ -649,7 +644,7 @@ class Parser:
 
     def accept(self, *texts: str) -> bool:
         """Step over the coming token if it is one of these."""
-        return self.coming in texts and self.kind != "end" and bool(self.next())
+        return self.coming in texts and bool(self.next())
 
     def expect(self, *texts: str) -> None:
         for text in texts:
@@ -658,94 +653,88 @@ class Parser:
 
     def answer(self):
         """All of the tokens: one value, or a bare list."""
-        items = self.items()
+        values = self.several()
         if self.kind != "end":
             raise Unparsed(f"unexpected {self.coming}")
-        return items[0] if len(items) == 1 else Seq("list", tuple(items))
+        return values[0] if len(values) == 1 else Seq("list", tuple(values))
 
-    def items(self, expand: bool = True) -> list:
+    def several(self, expand: bool = True) -> list:
         r"""Values separated by commas, semicolons, "and" or "or"; one with ± is read twice: 1 \pm 2, 5 -> 3, -1, 5. In
         (1 \pm 2)/3 it is the whole that has two values, so that brackets other than a set's do not expand it."""
-        values, saved = [], (self.sign, self.two_signs)
-        while not values or self.accept(",", ";", "and", "or"):
-            while values and self.accept("and", "or"):
+        values, outer = [], self.sign
+        while not values or self.accept(*SEPARATORS):
+            while values and self.accept("and", "or"):  # 1, 2, and 3
                 pass
             start = self.at
-            self.sign, self.two_signs = (1, False) if expand else (self.sign, self.two_signs)
-            values.append(self.relation())
-            if expand and self.two_signs:
-                self.at, self.sign = start, -1
+            for self.sign in (1, -1) if expand else (outer,):
+                self.at = start
                 values.append(self.relation())
-        self.sign, self.two_signs = saved if expand else (self.sign, self.two_signs)
+                if all(token.text not in ("\\pm", "\\mp") for token in self.tokens[start : self.at]):
+                    break
+        self.sign = outer
         return values
 
     def relation(self):
         """A value, or a chain of them: "x = 5", "Area = 5", "3 > x > 1" as "1 < x < 3", "1/3 ~ 0.33" as 1/3."""
-        sides, names, ops = [], [], []
+        sides, ops = [], []
         self.accept("=", "~")  # "≈ 3.14"
-        while not sides or (self.kind == "op" and self.coming in RELATIONS):
+        while not sides or self.coming in RELATIONS:
             op = self.next().text if sides else ""
-            name, words = self.name_ahead()
-            self.at += words
-            side = None if words else self.union()
-            if op == "~" and not names[-1]:
-                continue  # the value stands before it; but x ≈ 11 is x = 11
-            sides, names = [*sides, side], [*names, name]
-            ops += ["=" if op == "~" else op] if op else []
+            side = self.words_ahead() or self.union()
+            if op != "~" or name_of(sides[-1]):  # 1/3 ≈ 0.33 is 1/3; but x ≈ 11 is x = 11
+                sides.append(side)
+                ops += ["=" if op == "~" else op] if op else []
         if ops and ops[0][0] == ">":
-            sides, names, ops = sides[::-1], names[::-1], [TURNED.get(op, op) for op in ops[::-1]]
-        return Relation(tuple(sides), tuple(ops), tuple(names)) if ops else sides[0]
+            sides, ops = sides[::-1], [TURNED.get(op, op) for op in ops[::-1]]
+        return Relation(tuple(sides), tuple(ops)) if ops else sides[0]
 
-    def name_ahead(self) -> tuple[str, int]:
-        r"""(the spelling of a side that only names something: x_1, f(x), (x,y), \cos A, else ""; how many tokens of it
-        to skip, if it is words or an event before "=": Area = 5, P(X=2) = 1/4)."""
-        depth, end = 0, self.at
-        while (token := self.tokens[end]).kind != "end" and depth >= 0 and (depth or token.text not in SEPARATORS):
-            depth += (token.text in BRACKETS) - (token.text in (")", "]", "}", "set}"))
-            end += 1
-        side = self.tokens[self.at : end]
-        spelling = "".join(part.text for part in side if part.text not in "{}")
-        kinds, named = {part.kind for part in side}, NAME.fullmatch(spelling)
-        words = not kinds.isdisjoint(("text", "command"))
-        event = EVENT.fullmatch(spelling) and not named
-        if token.text in ("=", "~") and (event or (words and "number" not in kinds)):
-            return spelling, len(side)
-        known = any(part.text in FUNCTIONS or part.text in CONSTANTS for part in side)
-        cos_a = len(side) == 2 and side[1].kind == "name"
-        return (spelling if named and not words and (not known or cos_a) else ""), 0
+    def words_ahead(self) -> str:
+        r"""Step over a side that only names something, before "=": Area, \angle ABC, f(x), P(X=2), S_{\triangle A}."""
+        start = end = self.at
+        while self.tokens[end].text not in RELATIONS | SEPARATORS | CLOSING | {""}:
+            end = self.partner.get(end, end) + 1
+        side = self.tokens[start:end]
+        kinds = {token.kind for token in side}
+        called = len(side) > 3 and side[0].kind == "name" and self.partner.get(start + 1) == end - 1
+        words = kinds & {"text", "command"} and "number" not in kinds
+        called = called and (side[0].text.isupper() or {token.kind for token in side[2:-1]} <= {"name", "number"})
+        if self.tokens[end].text not in ("=", "~") or not (words or called):
+            return ""
+        self.at = end
+        return "".join(token.text for token in side)
 
     def union(self):
         r"""(-\infty,1) \cup \{2\}; \mathbb{R} \setminus \{1\} as two intervals."""
         pieces = [self.leaf()]
-        if pieces == [REAL_LINE] and self.accept("setminus"):
+        if pieces == [REAL_LINE] and self.accept("\\setminus"):
             return complement(self.leaf())
-        while self.accept("cup"):
+        while self.accept("\\cup"):
             pieces.append(self.leaf())
-        return Seq("union", tuple(pieces)) if len(pieces) > 1 else pieces[0]
+        points = (piece.items if is_kind(piece, "set") else [piece] for piece in pieces)
+        return Seq("union", tuple(chain.from_iterable(points))) if len(pieces) > 1 else pieces[0]
 
     def leaf(self):
-        """A sum with its unit or percent sign; or a bracketed value; or words (a str)."""
-        start, before, outer = self.at, self.operations, self.unit
-        self.unit = "dollar" if self.accept("dollar") else ""
-        if self.kind == "text" and not self.unit:
-            while self.kind in ("text", "name") and self.coming not in SEPARATORS:
-                self.next()
-            return " ".join(token.text.casefold() for token in self.tokens[start : self.at])
-        value = self.sum()
+        """An expression with its unit or percent sign; or a bracketed value; or words (a str)."""
+        outer = self.unit, self.rounded
+        self.unit, self.rounded = "dollar" if self.accept("dollar") else "", False
+        words, spoken_kinds = [], ("text",) if not self.unit else ()
+        while self.kind in spoken_kinds and self.coming not in SEPARATORS:
+            words.append(self.next().text.casefold())
+            spoken_kinds = ("text", "name")
+        value = spoken(words) if words and (words[-1] != "is" or self.kind == "end") else self.expression()
         if isinstance(value, sympy.Expr):
             if self.coming in SCALES:  # 2 million
                 value = multiply(value, Integer(10) ** SCALES[self.next().text])
             self.unit_tail(bool(value.free_symbols))
-            approximate = any(is_decimal(token) for token in self.tokens[start : self.at])
-            value = Leaf(value, approximate, self.unit, self.operations - before < 2)
-        self.unit = outer
+            value = Leaf(value, self.rounded, self.unit)
+        self.unit, self.rounded = outer
         return value
 
     def unit_tail(self, symbolic: bool) -> None:
         r"""What follows a number: 33 pct, 5 cm, 3 \text{m/s}^2, 64 ft^2; other words (42 apples) are dropped."""
         words, start = ["%"] if self.accept("%") else [], self.at
         while self.kind == "text" or (words and (self.kind == "name" or self.coming in UNIT_SIGNS)):
-            if self.coming in SEPARATORS or (self.coming == "}" and "{" not in words):
+            if self.coming in ("and", "or") or (self.coming == "}" and "{" not in words):
                 break
             words.append(self.next().text)
         units = [word if word in UNIT_SIGNS else unit_name(word) for word in words]
@@ -754,193 +743,157 @@ class Parser:
         elif symbolic or any(token.kind == "name" for token in self.tokens[start : self.at]):
             raise Unparsed("words after a formula")
 
-    def sum(self):
-        """2x - y + 1; a leading sign."""
-        terms = []
-        while not terms or self.coming in ("+", "-", "pm", "mp"):
-            self.operations += 2 * bool(terms)
-            sign, term = self.signs(), self.term()
-            terms.append(term if sign > 0 else product([term, Integer(-1)]))
-        return terms[0] if len(terms) == 1 else add(*map(tree, terms))
-
-    def signs(self) -> int:
-        """Any run of signs: "--" -> 1; ± and ∓ as self.sign says."""
-        sign = 1
-        while self.coming in ("+", "-", "pm", "mp"):
-            token = self.next().text
-            self.two_signs |= token in ("pm", "mp")
-            sign *= {"+": 1, "-": -1, "pm": self.sign, "mp": -self.sign}[token]
-        return sign
-
-    def term(self):
-        """A product or quotient: "2x/3 y" is 2, x, 1/3, y."""
-        factors = [self.factor()]
-        while True:
-            op = self.coming if self.kind == "op" and self.coming in ("*", "/", ":" if not self.bars else "/") else ""
-            if not op and not self.starts_factor():
-                return factors[0] if len(factors) == 1 else product(factors)
-            if not op and self.kind == self.tokens[self.at - 1].kind == "number":
-                raise Unparsed("two numbers side by side")
-            self.at += bool(op)
-            scientific = op == "*" and self.coming == "10" and self.tokens[self.at + 1].text == "^"
-            sign, right = Integer(self.signs() if op else 1), self.factor()
-            if op in ("/", ":"):
-                self.operations += 1
-                factors.append(divide(sign, tree(right)))
-            else:  # a product of numbers is something left to calculate; 3 × 10^5 and 2π are not
-                self.operations += 2 * (is_rational(right) and any(map(is_rational, factors)) and not scientific)
-                factors += [right] if sign > 0 else [right, sign]
-
-    def starts_factor(self) -> bool:
-        """Whether an implicit product goes on: 2x, 2(3), 2\\frac12."""
-        kind, text = self.tokens[self.at]
-        opens = text in PREFIXES or text in ("(", "[", "{", "|"[self.bars :]) or text.startswith("begin{")
-        return kind in ("number", "name") or (kind == "op" and opens)
-
-    def factor(self):
-        """An atom with its powers, factorials and degrees: x^2, n!, 30°."""
-        value = self.atom()
-        while self.kind == "op" and self.coming in ("^", "°", "!"):
-            op = self.next().text
-            if op == "^":
-                value = power(tree(value), self.exponent())
-            elif op == "!":
-                value, self.steps = apply("factorial", tree(value)), self.steps + 50
-            else:
-                self.unit = "deg"
-        return value
-
-    def exponent(self):
-        """What follows ^: one signed atom, itself perhaps raised (right to left)."""
-        self.depth += 1
-        sign, value = self.signs(), tree(self.atom())
-        if self.accept("^"):
-            value = power(value, self.exponent())
-        self.depth -= 1
-        return value if sign > 0 else multiply(value, Integer(-1))
-
-    def atom(self):
-        """The smallest value. Every recursion of the parser passes here: this is where depth is bounded."""
-        self.depth += 1
+    def expression(self, level: int = 0):
+        r"""A value and the operators behind it that bind more tightly than `level`: "2x^2 - y" is (2 (x^2)) - y. Every
+        recursion of the parser passes here: this is where depth is bounded."""
+        self.depth, self.steps = self.depth + 1, self.steps + 1
         if self.depth > MAX_DEPTH:
             raise Unparsed("too deep")
-        value = self.read(*self.next())
-        self.depth -= 1
-        return value
+        value = self.signed(max(level, 2)) if self.coming in SIGNS_OF_TERMS else self.read(*self.next())
+        while True:
+            times = self.kind in ("number", "name") or self.coming in PREFIXES or (self.coming == "|" and not self.bars)
+            op = "*" if times else self.coming
+            if LEVELS.get(op, 0) <= level:
+                self.depth -= 1
+                return value
+            if times and self.kind == self.tokens[self.at - 1].kind == "number":
+                raise Unparsed("two numbers side by side")
+            value = self.combine(value, op)
+
+    def signed(self, level: int):
+        """A sign and what it stands before; of ± and ∓ the one that self.sign says."""
+        minus = {"+": 1, "-": -1, "\\pm": self.sign, "\\mp": -self.sign}[self.next().text] < 0
+        value = self.expression(level)
+        return scale(value, Integer(-1)) if minus else value
+
+    def combine(self, left, op: str):
+        r"""`left` with the operator that comes and what follows it; a product may have no sign: 2x, 2(3), 2\frac12."""
+        if op in SIGNS_OF_TERMS:
+            return add(tree(left), tree(self.signed(1)))
+        self.accept(op)
+        if op == "!":
+            self.steps += 50
+            return apply("factorial", tree(left))
+        if op == "°":
+            self.unit = "deg"
+            return left
+        right = self.expression(3 if op == "^" else 2)  # powers are read from right to left
+        if op == "*" and isinstance(right, Seq):  # 2 (1, 2) is (2, 4); but the point A(1, 2) is (1, 2)
+            return right if tree(left).is_Symbol and left.name.isupper() else scale(right, left)
+        if op == "*":
+            return scale(left, right)
+        return (power if op == "^" else divide)(tree(left), tree(right))
+
+    def atom(self):
+        """A value without operators: of a fraction, a root …"""
+        return tree(self.expression(5))
 
     def read(self, kind: str, text: str):
-        """What begins with this token, by its kind."""
+        """What begins with this token."""
         if kind == "number":
-            self.operations += "frac" in text or "/" in text
-            return number_in_base(text, self.next().text[1:]) if self.kind == "subscript" else number(text)
+            value = number(text, self.next().text[1:] if self.kind == "subscript" else "")
+            self.rounded |= "." in text and "\\" not in text and not value.is_Integer
+            return value
         if kind == "name":
             return self.function(text) if text in FUNCTIONS else self.symbol(text)
         if text in BRACKETS:
             return self.group(text)
-        if text in ("frac", "binom"):
-            top, bottom = self.digit_or_atom(), self.digit_or_atom()
-            self.operations += text == "frac"
-            return divide(top, bottom) if text == "frac" else apply("binomial", top, bottom)
-        if text in PAIRS:  # |x|, floor and ceiling
-            closing, name = PAIRS[text]
-            outer, self.bars = self.bars, int(text == "|")
-            value = apply(name, tree(self.sum()))
-            self.expect(closing)
+        if text in ("\\frac", "\\binom"):
+            top, bottom = self.atom(), self.atom()
+            return divide(top, bottom) if text == "\\frac" else apply("binomial", top, bottom)
+        if text == "|":
+            outer, self.bars = self.bars, True
+            value = apply("abs", tree(self.expression()))
+            self.expect("|")
             self.bars = outer
             return value
-        if text in ("emptyset", "ℝ"):
+        if text in ("\\emptyset", "ℝ"):
             return REAL_LINE if text == "ℝ" else Seq("set", ())
-        if text in ("sum", "prod"):
-            return self.series(add if text == "sum" else multiply)
-        if text.startswith("begin{"):
-            return self.matrix(text)
-        raise Unparsed(f"{text or 'the end'} is not a value")
+        if text in ("\\sum", "\\prod"):
+            return self.series(add if text == "\\sum" else multiply)
+        raise Unparsed(f"{text} is not a value")
 
     def symbol(self, name: str):
-        """A constant, a variable with its subscript and primes, or an undefined function f, g, h of arguments."""
+        """A constant; a variable with its subscript and primes; f(x), g'(2), h^2(x) of an unknown function, as text."""
         if name in self.bound or (name in CONSTANTS and self.kind != "subscript"):
             return self.bound.get(name, CONSTANTS.get(name))
         name += self.next().text if self.kind == "subscript" else ""
         while self.accept("'"):
             name += "'"
-        raised = self.coming == "^" and self.tokens[self.at + 2].text == "("  # f^2(x)
-        if name[0] in "fghFGH" and (self.coming == "(" or raised):
-            exponent = self.exponent() if self.accept("^") else Integer(1)
-            return power(sympy.Function(name)(*self.arguments()), exponent)
-        return Symbol(name)
-
-    def arguments(self) -> list:
-        """(x, y) of a function."""
-        value = self.group(self.next().text)
-        return [tree(item) for item in (value.items if isinstance(value, Seq) else [value])]
+        behind = self.partner.get(self.at + 1, self.at + 1) + 1
+        raised = self.coming == "^" and behind in self.partner  # f^2(x)
+        if name[0] not in "fghFGH" or not (self.coming == "(" or raised):
+            return Symbol(name)
+        exponent = self.expression(5) if self.accept("^") else Integer(1)
+        start, self.at = self.at, self.partner[self.at] + 1
+        return power(Symbol(name + "".join(token.text for token in self.tokens[start : self.at])), exponent)
 
     def function(self, name: str):
         r"""\sin^2 x, \sin^{-1} x, \log_2 8, \sqrt[3]{2}, \sin 30^\circ; sin 2x cos x is sin(2x) cos(x)."""
-        base, exponent, unit = Integer(10) if name == "lg" else None, None, self.unit
-        index = tree(self.group("[")) if name == "sqrt" and self.accept("[") else Integer(2)
+        below, exponent, unit = Integer(10) if name == "lg" else None, None, self.unit
         if name == "log" and self.kind == "subscript":
-            base = tree(Parser(tokenise(self.next().text[1:])).answer())  # log_2, log_{10}, log_a
-        elif name == "log" and self.accept("_"):
-            base = tree(self.atom())
+            below = tree(Parser(tokenise(self.next().text[1:])).answer())  # log_2, log_{10}, log_a
+        elif (name == "log" and self.accept("_")) or (name == "sqrt" and self.coming == "["):
+            below = self.atom()
         if name != "sqrt" and self.accept("^"):
-            exponent = self.exponent()
+            exponent = tree(self.expression(3))
             if exponent == -1 and f"arc{name}" in FUNCTIONS:
                 name, exponent = f"arc{name}", None
-        if self.coming in ("(", "{"):
-            values = self.arguments()
-        elif name == "sqrt":
-            values = [tree(self.atom())]
+        if self.coming in ("(", "{") or name == "sqrt":
+            value = self.expression(5)
+            values = [tree(item) for item in (value.items if isinstance(value, Seq) else [value])]
         else:
-            factors = [Integer(self.signs()), tree(self.factor())]
-            while self.starts_factor() and self.coming not in FUNCTIONS | {"(", "["}:
-                factors.append(tree(self.factor()))
-            values = [multiply(*factors)]
-        if name == "log" and len(values) == 2:
-            base = values.pop()
+            values = [tree(self.expression(2))]
+            while (self.kind in ("number", "name") and self.coming not in FUNCTIONS) or self.coming in ("\\frac", "{"):
+                values = [multiply(values[0], tree(self.expression(3)))]
         if self.unit == "deg" and unit != "deg":
             values, self.unit = [divide(multiply(value, sympy.pi), Integer(180)) for value in values], unit
-        result = root(values[0], index) if name == "sqrt" else apply(name, *values)
-        result = divide(result, apply("log", base)) if base is not None else result
+        if name == "log" and len(values) == 2:
+            below = values.pop()
+        if name == "sqrt" and len(values) == 1:
+            return root(values[0], below or Integer(2))
+        result = apply(name, *values)
+        result = divide(result, apply("log", below)) if below is not None else result
         return result if exponent is None else power(result, exponent)
-
-    def digit_or_atom(self):
-        r"""\frac12 is 1/2: of a number only the first digit; the rest becomes a token of its own."""
-        if self.kind == "number" and self.coming.isdigit():
-            text = self.next().text
-            self.tokens[self.at - 1 : self.at] = [Token("number", part) for part in (text[0], text[1:]) if part]
-            return number(text[0])
-        return tree(self.atom())
 
     def group(self, opening: str):
         """What stands in brackets: one value, or several; {x | x > 0} is what stands after the bar."""
-        outer, self.bars = self.bars, int(opening == "set{")
-        items = [] if opening == "set{" and self.coming == "set}" else self.items(expand=opening == "set{")
-        if opening == "set{" and self.accept("|", ":"):
-            items = self.items()
-        closing, self.bars = self.next().text, outer
-        if closing not in BRACKETS[opening]:
-            raise Unparsed(f"{BRACKETS[opening][0]} expected")
-        if opening == "set{" or (opening == "{" and len(items) > 1):
+        stop = self.partner[self.at - 1]
+        if opening.startswith("begin"):
+            return self.matrix()
+        if opening in ("\\lfloor", "\\lceil"):
+            value = apply("floor" if opening == "\\lfloor" else "ceil", tree(self.expression()))
+            self.expect(self.tokens[stop].text)
+            return value
+        a_set, outer, self.bars = opening == "\\{", self.bars, False
+        if a_set:
+            texts = [token.text for token in self.tokens[self.at : stop]]
+            bar = next((place for place, text in enumerate(texts) if text in ("|", ":")), 0)
+            self.at += bar + 1 if bar and not RELATIONS.isdisjoint(texts[bar:]) else 0
+        items = self.several(a_set) if self.at < stop or not a_set else []
+        self.expect(self.tokens[stop].text)
+        self.bars = outer
+        if a_set or (opening == "{" and len(items) > 1):
             relations = items and all(isinstance(item, Relation) for item in items)
             return Seq("list" if relations else "set", tuple(items))
         if len(items) > 1:
-            return Seq(opening + closing, tuple(items))
+            return Seq(opening + self.tokens[stop].text, tuple(items))
         if not isinstance(items[0], Leaf):
             return items[0]
         if items[0].unit == "%":
             return divide(items[0].expr, Integer(100))
-        self.unit = self.unit or items[0].unit
+        self.unit, self.rounded = self.unit or items[0].unit, self.rounded or items[0].approximate
         return items[0].expr
 
-    def matrix(self, begin: str) -> Seq:
+    def matrix(self) -> Seq:
         r"""\begin{pmatrix}1&2\\3&4\end{pmatrix}: a matrix of its rows; one row or column: of its entries."""
-        rows: list[list] = [[]]
-        while begin.endswith(("{matrix}", "pmatrix}", "bmatrix}", "array}")) and not self.coming.startswith("end{"):
+        rows, stop = [[]], self.partner[self.at - 1]
+        while self.at < stop:
             rows[-1].append(self.leaf())
-            if self.accept("row"):
-                rows += [] if self.coming.startswith("end{") else [[]]
-            elif not self.accept("&") and not self.coming.startswith("end{"):
-                raise Unparsed("a matrix is not closed")
+            if self.accept("\\\\"):
+                rows += [[]] if self.at < stop else []
+            elif self.at < stop:
+                self.expect("&")
         self.next()
         if not rows[0] or len({*map(len, rows)}) > 1 or not all(isinstance(cell, Leaf) for cell in chain(*rows)):
             raise Unparsed("not a matrix")
@@ -953,22 +906,55 @@ class Parser:
         self.expect("_", "{")
         variable = self.next().text
         self.expect("=")
-        low = tree(self.sum())
+        low = tree(self.expression())
         self.expect("}", "^")
-        high = tree(self.atom())
+        high = self.atom()
         if not (low.is_Integer and high.is_Integer and 0 <= high - low < MAX_STEPS):
             raise Unparsed("not a simple sum")
         start, values, outer = self.at, [], self.bound
         for k in range(int(low), int(high) + 1):
             self.at, self.bound = start, {**outer, variable: Integer(k)}
-            values.append(tree(self.term()))
+            values.append(tree(self.expression(1)))
         self.bound = outer
         return combine(*values)
 
 
-def is_decimal(token: Token) -> bool:
-    r"""0.33 was perhaps rounded; 2.0 and 0.\overline{3} are exact."""
-    return token.kind == "number" and "." in token.text and "\\" not in token.text and not number(token.text).is_Integer
+def partners(tokens: list[Token]) -> dict[int, int]:
+    """Where each bracket closes, by the place where it opens: "(1,2]" -> {0: 4}."""
+    partner, opened = {}, []
+    for place, (_, text) in enumerate(tokens):
+        if text in BRACKETS:
+            opened.append(place)
+        elif text in CLOSING:
+            if not opened or text not in BRACKETS[tokens[opened[-1]].text]:
+                raise Unparsed(f"unexpected {text}")
+            partner[opened.pop()] = place
+    if opened:
+        raise Unparsed("a bracket is not closed")
+    return partner
+
+
+def name_of(side) -> str:
+    r"""The spelling of a side that only names something: x_1, AB, (x,y), \cos A, f^{-1}(x), words; else ""."""
+    if isinstance(side, str):
+        return side
+    if is_kind(side, "()"):
+        names = [*map(name_of, side.items)]
+        return f"({','.join(names)})" if all(names) else ""
+    expr = side.expr if isinstance(side, Leaf) and not side.unit else Integer(0)
+    if expr.is_Mul and all(factor.is_Symbol for factor in expr.args):
+        return "".join(factor.name for factor in expr.args)
+    if expr.is_Function or (expr.is_Pow and expr.base.is_Symbol and "(" in expr.base.name):
+        return str(expr) if all(argument.is_Symbol or argument == -1 for argument in expr.args) else ""
+    return expr.name if expr.is_Symbol else ""
+
+
+def spoken(words: list[str]):
+    """Words without articles, or what they say a thing is: "The triangle is isosceles" -> "isosceles"."""
+    words = [word for word in words if word not in ("a", "an", "the")]
+    words = words[max((place for place, word in enumerate(words) if word == "is"), default=-1) + 1 :] or words
+    text = " ".join(words)
+    return Seq("set", ()) if text in NO_SOLUTION else text
 
 
 def complement(points) -> Seq:
@@ -1016,11 +1002,8 @@ def parse(text: str, thousands: bool = True) -> Parsed:
 # No rewriting comes first (expand, cancel, trigonometric identities …): what it could show these points show too, with
 # bounded work, while expand does not come back from (x^200000 - 1)/(x - 1) nor cancel from e^(10^9 ln 2).
 NUMBERS, LOCK = MPContext(), threading.RLock()  # our own mpmath context; its precision is set under the lock
-EVALUATORS = {
-    **{getattr(sympy, name): name for name in str.split("sin cos tan cot sec csc sinh cosh tanh asin acos atan floor")},
-    sympy.log: "ln", sympy.Abs: "fabs", sympy.ceiling: "ceil", sympy.factorial: "factorial", sympy.binomial: "binomial",
-}  # fmt: skip
-GAMMAS = {sympy.factorial, sympy.binomial}
+GAMMAS = ("factorial", "binomial")
+OF_REALS = ("Abs", "floor", "ceiling")
 
 
 def point(name: str, k: int, real: bool):
@@ -1032,35 +1015,32 @@ def point(name: str, k: int, real: bool):
 
 
 def evaluate(expr, k: int, real: bool):
-    """The value at the k-th point; ArithmeticError where there is none, or out of bounds. An undefined f(x) gets an
-    arbitrary analytic function: an identity for every f holds for it, and what is none almost surely fails."""
+    """The value at the k-th point; ArithmeticError where there is none, or out of bounds."""
     if expr.is_Rational:
         return NUMBERS.mpf(expr.p) / expr.q
     if expr.is_Symbol:
         return point(expr.name, k, real)
     if not expr.args:
         return {sympy.pi: NUMBERS.pi, sympy.E: NUMBERS.e, sympy.I: NUMBERS.j}[expr] * NUMBERS.one
-    kind, values = expr.func, [evaluate(argument, k, real) for argument in expr.args]
-    sizes = [NUMBERS.mag(value) for value in values]
-    if kind in (Add, Mul):
-        result = sum(values) if kind is Add else math.prod(values)
-    elif kind is Pow:
+    name, values = expr.func.__name__, [evaluate(argument, k, real) for argument in expr.args]
+    if name in ("Add", "Mul"):
+        result = sum(values) if name == "Add" else math.prod(values)
+    elif name == "Pow":
         base, exponent = values
         if base == 0:
             result = base if exponent.real > 0 else NUMBERS.nan
         elif expr.args[1].is_Integer and abs(exponent) <= 10_000:
-            result = base ** int(exponent) if abs(exponent * sizes[0]) < 4 * MAX_MAGNITUDE else NUMBERS.inf
+            result = base ** int(exponent) if abs(exponent * NUMBERS.mag(base)) < 4 * MAX_MAGNITUDE else NUMBERS.inf
         else:
             logarithm = exponent * NUMBERS.ln(base)
             result = NUMBERS.exp(logarithm) if NUMBERS.mag(logarithm) <= 16 else NUMBERS.inf
-    elif kind in EVALUATORS:
-        if max(sizes) > (12 if kind in GAMMAS else 16 if any(value.imag for value in values) else 1_000):
-            raise ArithmeticError("argument too large")
-        if kind in (sympy.floor, sympy.ceiling) and abs(values[0] - NUMBERS.nint(values[0])) < 2.0**-90:
-            values = [NUMBERS.nint(values[0])]  # an integer but for rounding
-        result = getattr(NUMBERS, EVALUATORS[kind])(*values)
     else:
-        result = NUMBERS.sin(sum(value * point(f"{kind} {place}", 0, False) for place, value in enumerate(values)))
+        largest = 12 if name in GAMMAS else 16 if any(value.imag for value in values) else 1_000
+        if max(map(NUMBERS.mag, values)) > largest:
+            raise ArithmeticError("argument too large")
+        if name in ("floor", "ceiling") and abs(values[0] - NUMBERS.nint(values[0])) < 2.0**-90:
+            values = [NUMBERS.nint(values[0])]  # an integer but for rounding
+        result = getattr(NUMBERS, {"Abs": "fabs", "ceiling": "ceil"}.get(name, name))(*values)
     if not NUMBERS.mag(result) <= MAX_MAGNITUDE:
         raise ArithmeticError("too large, or not a number")
     return result
@@ -1073,12 +1053,11 @@ class Facts:
     def __init__(self, expr):
         nodes = list(sympy.preorder_traversal(expr))
         inner = [node for node in nodes if node.args and node.func not in (Add, Mul)]
-        kinds = {node.func for node in inner}
-        roots = [node for node in inner if node.func is sympy.log or (node.func is Pow and not node.exp.is_Integer)]
-        self.nodes, self.cost = len(nodes), sum(30 if node.func in GAMMAS else 1 for node in inner)
+        names = [node.func.__name__ for node in inner]
+        roots = [node for node in inner if node.func is sympy.log or (node.is_Pow and not node.exp.is_Integer)]
+        self.nodes, self.cost = len(nodes), sum(30 if name in GAMMAS else 1 for name in names)
         self.bits = max((bits(node) for node in nodes if node.is_Rational), default=0)
-        self.variable = any(node.is_Symbol for node in nodes) or not {*EVALUATORS, Pow}.issuperset(kinds)
-        self.real = not kinds.isdisjoint((sympy.Abs, sympy.floor, sympy.ceiling))  # of real numbers
+        self.real = not set(OF_REALS).isdisjoint(names)
         self.rooted = any(node.args[0].free_symbols for node in roots)  # of positive numbers
 
 
@@ -1119,23 +1098,21 @@ def sampling(x, y) -> tuple[int, bool, int]:
     precision = 192
     while precision < 2 * max(one.bits, other.bits) + 64:
         precision *= 2
-    return (8 if real else 5) if one.variable or other.variable else 1, real, precision
+    return (8 if real else 5) if x.free_symbols or y.free_symbols else 1, real, precision
 
 
 def same_tree(x, y, approximate: bool = False) -> bool:
-    """Two inert trees: by structure, as exact numbers, by their values at fixed points."""
+    """Two inert trees: by structure, as exact numbers, by their values at fixed points (most of them must exist)."""
     if x == y:
         return True
     if x.is_Rational and y.is_Rational:
         return approximate and abs(x - y) * 10**6 <= max(abs(x), abs(y))
     with LOCK:
-        count, real, precision = sampling(x, y)
-        agreed = 0
-        for k in range(count):
-            if (verdict := equal_at(x, y, k, real, precision, approximate)) is False:
-                return False
-            agreed += bool(verdict)
-    return 2 * agreed > count
+        count, *how = sampling(x, y)
+        verdicts = []
+        while len(verdicts) < count and False not in verdicts:
+            verdicts.append(equal_at(x, y, len(verdicts), *how, approximate))
+    return False not in verdicts and 2 * verdicts.count(True) > count
 
 
 def proportional(x, y, positive: bool) -> bool:
@@ -1143,16 +1120,18 @@ def proportional(x, y, positive: bool) -> bool:
     zeros = [same_tree(expr, Integer(0)) for expr in (x, y)]
     if any(zeros):
         return all(zeros)
+    ratio = divide(x, y)
     with LOCK:
         _, real, precision = sampling(x, y)
         precision *= 2  # near a large constant C the ratio of different sides varies by 1/C²
-        pairs = [(value_at(x, k, real, precision), value_at(y, k, real, precision)) for k in range(4)]
-        if any(None in pair or not pair[1] for pair in pairs):
-            return False
+        values = [value_at(ratio, k, real, precision) for k in range(4)]
         NUMBERS.prec = precision
-        first, *others = (left / right for left, right in pairs)
-        limit = NUMBERS.ldexp(abs(first), -precision // 2)
-        return all(abs(ratio - first) <= limit for ratio in others) and (not positive or first.real > 0)
+        if None in values:
+            return False
+        first, limit = values[0], NUMBERS.ldexp(abs(values[0]), -precision // 2)
+        if positive and not (first.real > 0 and abs(first.imag) <= limit):
+            return False
+        return all(abs(value - first) <= limit for value in values)
 
 
 # -- comparison of values ----------------------------------------------------------------------------------------------
@@ -1167,14 +1146,19 @@ def proportional(x, y, positive: bool) -> bool:
 # tuples, matrices         entry by entry, in order                                (1,2) and (2,1); (1,2) and {1,2}
 # sets, bare lists         in any order; a bare list also as a tuple, in order     {1,2} and {1,2,3}; 1 and {1,2}
 # words, unparsed          the same text                                           what did not parse and anything else
+UNORDERED = ("set", "list", "union")
+BASE_UNITS = {  # in what some units are compared with others, and what one of them is
+    "%": ("", Rational(1, 100)), "deg": ("", divide(sympy.pi, Integer(180))), "cent": ("dollar", Rational(1, 100)),
+    "mm": ("m", Rational(1, 1000)), "cm": ("m", Rational(1, 100)), "km": ("m", Integer(1000)),
+    "g": ("kg", Rational(1, 1000)), "min": ("s", Integer(60)), "h": ("s", Integer(3600))}  # fmt: skip
+
+
 def same(left, right) -> bool:
     """By the table above: relations by what they say, leaves by value, collections by their items."""
     left, right = single(left), single(right)
     if isinstance(left, Relation) and isinstance(right, Relation):
         return same_relation(left, right)
-    if isinstance(left, Relation) or isinstance(right, Relation):
-        left, right = (meaning(side) if isinstance(side, Relation) else side for side in (left, right))
-        return None not in (left, right) and same(left, right)
+    left, right = (meaning(side) if isinstance(side, Relation) else side for side in (left, right))
     if isinstance(left, Leaf) and isinstance(right, Leaf):
         return same_leaf(left, right)
     if isinstance(left, Seq) and isinstance(right, Seq):
@@ -1184,91 +1168,65 @@ def same(left, right) -> bool:
 
 def single(value):
     """A collection of one value, repeated or not, is that value."""
-    while is_kind(value, "set", "list", "union") and value.items:
-        first, *rest = value.items
-        if not all(same(first, other) for other in rest):
-            return value
-        value = first
+    while is_kind(value, *UNORDERED) and value.items and all(same(value.items[0], other) for other in value.items[1:]):
+        value = value.items[0]
     return value
-
-
-PER_CENT = Rational(1, 100)
-BASE_UNITS = {"%": ("", PER_CENT), "deg": ("", divide(sympy.pi, Integer(180))), "cent": ("dollar", PER_CENT)}
 
 
 def same_leaf(left: Leaf, right: Leaf) -> bool:
     """Numbers with or without units: 5 cm is 5 and not 5 m; 50% is 50 and 0.5; 50 cents is 50 and $0.50."""
-    for scaled in (False, True):
-        values, units = [left.expr, right.expr], [left.unit, right.unit]
-        for place, unit in enumerate(units):
-            if scaled and unit in BASE_UNITS:
-                units[place], values[place] = BASE_UNITS[unit][0], multiply(values[place], BASE_UNITS[unit][1])
-        alike = units[0] == units[1] or "" in units
-        if alike and same_tree(*values, approximate=left.approximate or right.approximate):
-            return True
-        if left.unit == right.unit:
-            return False
-    return False
+    approximate, units = left.approximate or right.approximate, {left.unit, right.unit}
+    if (len(units) == 1 or "" in units) and same_tree(left.expr, right.expr, approximate):
+        return True
+    (unit, one), (other_unit, other) = (BASE_UNITS.get(leaf.unit, (leaf.unit, Integer(1))) for leaf in (left, right))
+    values = multiply(left.expr, one), multiply(right.expr, other)
+    return len(units) == 2 and unit == other_unit and same_tree(*values, approximate)
 
 
 def is_constant(value) -> bool:
     """2 + 3 or sqrt 2; not x, not f(2)."""
-    return isinstance(value, Leaf) and not Facts(value.expr).variable
+    return isinstance(value, Leaf) and not value.expr.free_symbols
 
 
 def meaning(relation: Relation):
     """What a relation says of one thing. The value: x = 5, f(x) = 5, 2 + 3 = 5, Area = 5, x in {5} -> 5. Intervals, for
     inequalities in one variable with constant ends: 1 < x <= 2 -> (1,2]. None for a real equation."""
-    sides, ops, names = relation
-    if all(op in ("=", "∈") for op in ops):
-        if len(sides) == 2 and names[1] and not names[0] and is_constant(sides[0]):
+    sides, ops = relation
+    names = [*map(name_of, sides)]
+    if {*ops} <= {"=", "∈"}:
+        if len(sides) == 2 and names[1] and is_constant(sides[0]):
             return sides[0]
         calculated = is_constant(sides[-1]) and (len(sides) > 2 or is_constant(sides[0]))
         return sides[-1] if names[0] or calculated else None
-    place = next((place for place, side in enumerate(sides) if names[place] and not is_constant(side)), None)
-    ends = [side for other, side in enumerate(sides) if other != place]
-    if place is None or not all(map(is_constant, ends)):
-        return None
     if ops == ("!=",):
-        return complement(Seq("set", tuple(ends))) if is_rational(ends[0]) else None
-    if any(op[0] != "<" for op in ops) or len(sides) > 3 or (len(sides) == 3 and place != 1):
+        ends = tuple(side for side, name in zip(sides, names) if not name)
+        return complement(Seq("set", ends)) if len(ends) == 1 and is_rational(ends[0]) else None
+    if len(sides) == 2:  # x < 2 is -oo < x < 2
+        low, high = REAL_LINE.items
+        sides, ops = ((low, *sides), ("<", *ops)) if names[0] else ((*sides, high), (*ops, "<"))
+    if len(sides) > 3 or not {*ops} <= {"<", "<="} or not name_of(sides[1]) or not all(map(is_constant, sides[::2])):
         return None
-    low, high = (ends[0] if place else REAL_LINE.items[0]), (ends[-1] if place + 1 < len(sides) else REAL_LINE.items[1])
-    left, right = place and ops[place - 1] == "<=", place < len(ops) and ops[place] == "<="
-    return Seq("[("[not left] + "])"[not right], (low, high))
+    return Seq("[("[ops[0] == "<"] + "])"[ops[1] == "<"], sides[::2])
 
 
 def same_relation(left: Relation, right: Relation) -> bool:
     """x = 5 and 5 = x; y = 2x + 1 and 2x - y + 1 = 0; x > 1 and -2 > -2x; not x = 5 and y = 5."""
-    values, names = [meaning(left), meaning(right)], [next(filter(None, side.names), "") for side in (left, right)]
-    loose = None in left.sides + right.sides or ("(" in names[0]) != ("(" in names[1])
-    if None not in values and (loose or names[0] == names[1]) and same(*values):
+    one, other = (next(filter(None, map(name_of, relation.sides)), "") for relation in (left, right))
+    loose = any(isinstance(side, str) for side in left.sides + right.sides) or ("(" in one) != ("(" in other)
+    if (loose or one == other) and None not in (values := [meaning(left), meaning(right)]) and same(*values):
         return True  # also Area = 5 and x = 5; f(x) = 2x and y = 2x
-    steps, others = steps_of(left), steps_of(right)
-    return 0 < len(steps) == len(others) and all(
-        op == sign and proportional(x, y, "<" in op) for (x, op), (y, sign) in zip(steps, others))  # fmt: skip
-
-
-def steps_of(relation: Relation) -> list:
-    """Each adjacent pair as (difference, sign): difference = 0, < 0, <= 0 or != 0."""
-    if not all(isinstance(side, Leaf) for side in relation.sides) or not {*relation.ops} <= {"=", "<", "<=", "!="}:
-        return []
-    pairs = pairwise(side.expr for side in relation.sides)
-    return [(add(left, multiply(right, Integer(-1))), op) for (left, right), op in zip(pairs, relation.ops)]
-
-
-def parts(seq: Seq) -> list:
-    """What is compared in any order: the items of a set or list, the pieces of a union."""
-    if seq.kind == "union":
-        return [part for item in seq.items for part in (item.items if is_kind(item, "set") else [item])]
-    return list(seq.items) if seq.kind in ("set", "list") else [seq]
+    if left.ops != right.ops or not all(isinstance(side, Leaf) for side in left.sides + right.sides):
+        return False
+    steps, others = ([add(x.expr, multiply(y.expr, Integer(-1))) for x, y in pairwise(relation.sides)]
+                     for relation in (left, right))  # fmt: skip
+    return all(proportional(x, y, "<" in op) for x, y, op in zip(steps, others, left.ops))
 
 
 def same_seq(left: Seq, right: Seq) -> bool:
     """{1,2} and {2,1}; (1,2) and the bare 1,2; not (0,1) and [0,1]."""
     kinds = {left.kind, right.kind}
     if "union" in kinds or kinds <= {"set", "list"}:
-        one, other = parts(left), parts(right)
+        one, other = (seq.items if seq.kind in UNORDERED else [seq] for seq in (left, right))
         return all(any(same(a, b) for b in other) for a in one) and all(any(same(a, b) for a in one) for b in other)
     if len(left.items) != len(right.items) or "set" in kinds:
         return False
@@ -1278,19 +1236,19 @@ def same_seq(left: Seq, right: Seq) -> bool:
 
 
 OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s*(\S.*)", re.S)
+CALCULATED = re.compile(r"[\d)}](?:[+-]|\*(?!10\^)|\()")  # a binary operator, or a product without a sign
 
 
 def compare(answer: str, reference: str) -> bool:
     """Two answers as they stand: as text, then by value, then in another reading of either."""
     left, right = parse(answer), parse(reference)
-    if left.text == right.text or equal(left, right):
-        return True
-    return reread(left, right, reference) or reread(right, left, answer)
+    return (left.text == right.text or equal(left, right)
+            or reread(left, right, reference) or reread(right, left, answer))  # fmt: skip
 
 
 def reread(one: Parsed, other: Parsed, spelling: str) -> bool:
     """The other as an option "(C) 15", which is "C" and is "15"; or 1,234 as a list, beside a collection."""
-    if option := OPTION.match(normalise(spelling)):
+    if option := OPTION.match(other.text):
         letter = re.fullmatch("[A-J]", one.text.strip("()"))
         return option[1] == letter[0] if letter else parse(option[2]).text == one.text
     listed = isinstance(one.value, Seq) and isinstance(other.value, Leaf) and "," in spelling
@@ -1304,11 +1262,10 @@ def equal(one: Parsed, other: Parsed) -> bool:
     return False
 
 
-def leaf_of(answer: str) -> Leaf | None:
-    """The number that an answer says, if it says one: "5", "x = 5", "3 + 2 = 5"."""
-    value = single(parse(answer).value)
-    value = single(meaning(value)) if isinstance(value, Relation) else value
-    return value if isinstance(value, Leaf) else None
+def unfinished(answer: str) -> bool:
+    """Whether there is something left to calculate: 3+2, 2(5), 10/2/1; not in -5, 10/2, 25^{1/2}, 3 × 10^5, 3+2 = 5."""
+    text = parse(answer).text.rpartition("=")[2]
+    return bool(CALCULATED.search(text)) or len(re.findall("[/:]|frac", text)) > 1
 
 
 def is_equivalent(answer: str, reference: str, require_value: bool = False) -> bool:
@@ -1318,11 +1275,9 @@ def is_equivalent(answer: str, reference: str, require_value: bool = False) -> b
     if not isinstance(answer, str) or not isinstance(reference, str):
         return False
     answer, reference = reference_answer(answer), reference_answer(reference)
-    if not answer or not reference:
+    if require_value and is_rational(parse(reference).value) and unfinished(answer):
         return False
-    if require_value and is_rational(leaf_of(reference)) and (leaf := leaf_of(answer)) and not leaf.plain:
-        return False
-    return compare(answer, reference)
+    return bool(answer and reference) and compare(answer, reference)
 
 
 def score(response: str, reference: str, require_value: bool = False) -> float:
@@ -1343,13 +1298,15 @@ def explain(response: str, reference: str, require_value: bool = False) -> Expla
     r"""The verdict and its reason: "\boxed{5+}" for "5" -> (False, "5+", "box", "unparsed answer: ends too early")."""
     answer, rule = find_answer(response)
     if answer is None:
-        return Explanation(False, None, rule, "no answer")
-    if is_equivalent(answer, reference, require_value):
-        return Explanation(True, answer, rule, "right")
-    parsed = parse(reference_answer(answer))
-    if require_value and is_equivalent(answer, reference):
-        return Explanation(False, answer, rule, "not a value")
-    return Explanation(False, answer, rule, "wrong" if parsed.value is not None else f"unparsed answer: {parsed.why}")
+        why = "no answer"
+    elif is_equivalent(answer, reference, require_value):
+        why = "right"
+    elif require_value and is_equivalent(answer, reference):
+        why = "not a value"
+    else:
+        parsed = parse(reference_answer(answer))
+        why = "wrong" if parsed.value is not None else f"unparsed answer: {parsed.why}"
+    return Explanation(why == "right", answer, rule, why)
 
 
 def answer_classes(answers: list[str | None]) -> list[int]:
@@ -1375,50 +1332,40 @@ class Group(NamedTuple):
 
 class Worker:
     """One `python reward.py --worker` after another: started when asked, killed and replaced when an answer exceeds a
-    limit, recycled against slow growth. Requests and replies are lines of JSON."""
+    limit, recycled against slow growth. A request and its reply are a message of JSON each."""
 
     def __init__(self, timeout: float, memory_mb: int, failures: Counter):
         self.timeout, self.memory_mb, self.failures = timeout, memory_mb, failures
-        self.process, self.pending, self.asked = None, b"", 0
+        self.process, self.pipe, self.asked = None, None, 0
 
     def start(self) -> None:
-        limits = map(str, (os.getpid(), self.timeout, self.memory_mb))
-        command = [sys.executable, os.path.abspath(__file__), "--worker", *limits]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self.pending, self.asked = b"", 0
-        if self.read(120.0) != "ready":
+        self.pipe, theirs = multiprocessing.Pipe()
+        options = (theirs.fileno(), os.getpid(), self.timeout, self.memory_mb)
+        command = [sys.executable, os.path.abspath(__file__), "--worker", *map(str, options)]
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
+        self.process, self.asked = subprocess.Popen(command, pass_fds=[theirs.fileno()], **quiet), 0
+        theirs.close()
+        if self.receive(120.0) != ["ready"]:
             self.end()
             raise RuntimeError(f"a checker worker did not start: {' '.join(command)}")
 
-    def ask(self, **request) -> None:
+    def receive(self, timeout: float):
+        """The reply; None if the process died or the time is over."""
+        with contextlib.suppress(OSError, EOFError):
+            return json.loads(self.pipe.recv_bytes()) if self.pipe.poll(timeout) else None
+
+    def ask(self, *request) -> list:
+        """The name of a function and its arguments -> [its value], or [] where that exceeded a limit."""
         if self.asked > 20_000:
             self.end()
         if not self.process:
             self.start()
         self.asked += 1
-        with contextlib.suppress(OSError):  # it died; reply() says so
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def read(self, timeout: float):
-        """The next line; None if the process died or the time is over."""
-        deadline, stdout, poll = time.monotonic() + timeout, self.process.stdout.fileno(), select.poll()
-        poll.register(stdout, select.POLLIN)
-        while b"\n" not in self.pending:
-            left = deadline - time.monotonic()
-            chunk = os.read(stdout, 1 << 16) if left > 0 and poll.poll(left * 1000) else b""
-            if not chunk:
-                return None
-            self.pending += chunk
-        line, self.pending = self.pending.split(b"\n", 1)
-        return json.loads(line)
-
-    def reply(self):
-        """The next reply; None where the answer exceeded a limit."""
-        reply = self.read(self.timeout)
-        if reply is None or reply == "memory":
-            self.failures[reply or self.end()] += 1
-        return None if reply == "memory" else reply
+        with contextlib.suppress(OSError):  # it died; receive() says so
+            self.pipe.send_bytes(json.dumps(request).encode())
+        if not (reply := self.receive(self.timeout)):
+            self.failures["memory" if reply == [] else self.end()] += 1
+        return reply or []
 
     def end(self) -> str:
         """Kill it and say what it had died of."""
@@ -1429,26 +1376,21 @@ class Worker:
             died_of = "cpu" if process.wait(0.1) == -signal.SIGXCPU else "crash"
         process.kill()
         process.wait()
-        process.stdin.close(), process.stdout.close()
+        self.pipe.close()
         return died_of
 
     def judge(self, responses: list[str], reference: str, require_value: bool) -> Group:
-        """One group: each distinct response is sent once; the worker says [answer] and then the verdict for each."""
-        found: dict[str, tuple] = dict.fromkeys(responses)  # -> (answer, right, lost)
-        while rest := [text for text, entry in found.items() if entry is None]:
-            replies = [(after_thinking(text) or "")[-MAX_RESPONSE:] for text in rest]
-            self.ask(responses=replies, reference=reference, require_value=bool(require_value))
-            for text in rest:
-                answer = self.reply()
-                right = self.reply() if answer and self.process else None
-                found[text] = (answer and answer[0], bool(right), right is None)
-                if not self.process:
-                    break  # the next one sees what is left
+        """One group: each distinct response is read and compared once, then the wrong answers are classed."""
+        found: dict[str, tuple] = {}  # -> (answer, right, lost)
+        for text in dict.fromkeys(responses):
+            read = self.ask("extract", (after_thinking(text) or "")[-MAX_RESPONSE:])
+            answer = read[0] if read else None
+            verdict = read and [False]
+            if answer is not None:
+                verdict = self.ask("compare", answer, reference, bool(require_value))
+            found[text] = (answer, verdict == [True], not verdict)
         wrong = list(dict.fromkeys(answer for answer, right, lost in found.values() if answer and not (right or lost)))
-        labels = wrong
-        if len(wrong) > 1:
-            self.ask(answers=wrong)
-            labels = self.reply() or wrong
+        labels = (self.ask("classes", wrong) or [wrong])[0] if len(wrong) > 1 else wrong
         label, numbers, classes = dict(zip(wrong, labels)), {}, []
         for answer, right, _ in map(found.get, responses):  # an answer that was lost is classed by its spelling
             key = (right, "" if right else label.get(answer, "".join((answer or "").split())))
@@ -1521,7 +1463,7 @@ class Verifier(contextlib.AbstractContextManager):
         worker.end()
 
 
-def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:
+def serve_requests(pipe: int, parent: int, timeout: float, memory_mb: int) -> None:
     """A worker. It ends with its parent (EOF, and the death signal on Linux) and on a runaway answer (CPU, memory)."""
     import resource  # not there on Windows, where Verifier says so by name
 
@@ -1533,62 +1475,52 @@ def serve_requests(parent: int, timeout: float, memory_mb: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     if os.getppid() != parent:
         return
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing but replies reaches the pipe
-
-    def reply(work, *arguments):
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(usage.ru_utime + usage.ru_stime + timeout) + 2
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
-        try:
-            value = work(*arguments)
-        except (MemoryError, RecursionError):
-            value = "memory"
-        replies.write(json.dumps(value).encode() + b"\n")
-        replies.flush()
-        return value
-
-    reply(lambda: "ready" if score(r"$\boxed{\frac{x+1}{2}}$", "x/2 + 1/2") else "broken")
-    for request in map(json.loads, sys.stdin.buffer):
-        if "answers" in request:
-            reply(answer_classes, request["answers"])
-        for response in request.get("responses", ()):
-            answer = reply(lambda text: [extract_answer(text)], response)
-            if answer != "memory":
-                reply(is_equivalent, answer[0], request["reference"], request["require_value"])
+    functions = {"extract": extract_answer, "compare": is_equivalent, "classes": answer_classes}
+    score(r"$\boxed{\frac{x+1}{2}}$", "x/2 + 1/2")  # sympy loads lazily: not on the first answer's time
+    connection, reply = multiprocessing.connection.Connection(pipe), ["ready"]
+    with contextlib.suppress(OSError, EOFError):
+        while True:
+            connection.send_bytes(json.dumps(reply).encode())
+            function, *arguments = json.loads(connection.recv_bytes())
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            seconds = int(used.ru_utime + used.ru_stime + timeout) + 2
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+            try:
+                reply = [functions[function](*arguments)]
+            except (MemoryError, RecursionError):
+                reply = []
 
 
 # -- audit -------------------------------------------------------------------------------------------------------------
 def audit(path: str, shown: int = 5) -> None:
     """What the checker made of a JSONL of responses: found by which rule, parsed or not, the slowest, and examples."""
-    rules, verdicts, slowest, examples = Counter(), Counter(), [], {}
+    results = []  # (seconds, rule, verdict, a line to show)
     with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    for row, fields in enumerate(rows):
-        response, reference = (
-            next((fields[name] for name in names if isinstance(fields.get(name), str)), None)
-            for names in (("response", "pred", "completion"), ("reference", "gold", "answer"))
-        )
-        if response is None or reference is None:
-            raise ValueError(f'{path}:{row + 1}: "response" and "reference" are needed, as text')
-        start = time.perf_counter()
-        result = explain(response, reference, bool(fields.get("require_value")))
-        seconds, verdict = time.perf_counter() - start, result.why.split(":")[0]
-        rules[result.rule], verdicts[verdict] = rules[result.rule] + 1, verdicts[verdict] + 1
-        line = f"  {path}:{row + 1}: {str(result.answer)[:60]!a} for {reference[:60]!a} ({result.rule}; {result.why})"
-        slowest = sorted([*slowest, (seconds, line)])[-shown:]
-        examples.setdefault(verdict, []).append(line)
-    for title, counts in (("found by", rules), ("verdicts", verdicts)):
-        print(f"{title}: " + ", ".join(f"{name} {n} ({n / len(rows):.1%})" for name, n in counts.most_common()))
-    print("slowest:", *(f"{line} {seconds * 1e3:.1f} ms" for seconds, line in slowest[::-1]), sep="\n")
-    for verdict, lines in examples.items():
+        for row, fields in enumerate(map(json.loads, file), 1):
+            response, reference = (
+                next((fields[name] for name in names if isinstance(fields.get(name), str)), None)
+                for names in (("response", "pred", "completion"), ("reference", "gold", "answer"))
+            )
+            if response is None or reference is None:
+                raise ValueError(f'{path}:{row}: "response" and "reference" are needed, as text')
+            start = time.perf_counter()
+            _, answer, rule, why = explain(response, reference, bool(fields.get("require_value")))
+            line = f"  {path}:{row}: {str(answer)[:60]!a} for {reference[:60]!a} ({rule}; {why})"
+            results.append((time.perf_counter() - start, rule, why.split(":")[0], line))
+    for title, column in (("found by", 1), ("verdicts", 2)):
+        counts = Counter(result[column] for result in results)
+        print(f"{title}: " + ", ".join(f"{name} {n} ({n / len(results):.1%})" for name, n in counts.most_common()))
+    slowest = sorted(results, reverse=True)[:shown]
+    print("slowest:", *(f"{line} {seconds * 1e3:.1f} ms" for seconds, *_, line in slowest), sep="\n")
+    for verdict in counts:
+        lines = [line for *_, found, line in results if found == verdict]
         print(f"{verdict}:", *lines[:: max(1, len(lines) // shown)][:shown], sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--worker"]:  # started by Verifier
-        return serve_requests(int(argv[1]), float(argv[2]), int(argv[3]))
+        return serve_requests(int(argv[1]), int(argv[2]), float(argv[3]), int(argv[4]))
     parser = argparse.ArgumentParser(description="Check answers of models.")
     parser.add_argument("--audit", metavar="FILE", required=True, help="JSONL with response and reference in each line")
     audit(parser.parse_args(argv).audit)

@@ -127,6 +127,11 @@ EQUAL = [
     (r"\{\frac{1\pm\sqrt5}{2}, 3\}", r"3, \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"), ("log(8, 2)", "3"),
     ("option B", "B"), (r"\begin{pmatrix}0.333333333\\1\end{pmatrix}", r"\begin{pmatrix}1/3\\1\end{pmatrix}"),
     (r"\frac12\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    ("0.333...", "1/3"), (r"0.1666\ldots", "1/6"), ("25 cm", r"0.25\text{ m}"), ("2.5 hours", "150 minutes"),
+    ("A(1,2)", "(1,2)"),
+    ("60 mph", "60 miles per hour"), (r"\emptyset", "no solution"), ("10:45 a.m.", "10:45 AM"), ("x <> 5", "x != 5"),
+    (r"\text{The vertex is } (-1, 4)", "(-1,4)"), (r"\pm(\sqrt2,\sqrt2)", r"(\sqrt2,\sqrt2), (-\sqrt2,-\sqrt2)"),
+    (r"385 \pmod{1000}", "385"), (r"2\ 1/3", "7/3"), ("binomial(n,2)", "n(n-1)/2"), (r"\text{a parabola}", "parabola"),
 ]  # fmt: skip
 DIFFERENT = [
     ("x=5965999999999999980", "x=5965999999999999988"), ("x+y=5965999999999999980", "x+y=5965999999999999988"),
@@ -157,7 +162,8 @@ DIFFERENT = [
     ("True", "False"), ("(-1)^n", "1"), (r"x\ge0", "x>0"), ("y=x", "y=-x"), ("2:3", "3:2"), ("A", "a"),
     (r"\cos A=\frac12", r"\frac13"), ("10^6", "10^7"), ("x_1", "x_2"), ("a_n", "a_m"),
     (r"\{1,3,5,\ldots\}", r"\{1,3,5\}"), (r"\sqrt{x^2}", "x"), (r"\sqrt{(x-1)^2}", "x-1"), ("5 cents", r"\$5"),
-    ("x<3", "y<3"), ("1=x", "1=1"), (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}"),
+    ("x<3", "y<3"), ("ix<0", "x<0"), ("25 cm", "0.25"), ("60 mph", "60 km/h"), ("0.333...", "0.333"),
+    ("1=x", "1=1"), (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}"),
 ]  # fmt: skip
 
 
@@ -594,14 +600,19 @@ def test_gsm8k_references_equal_themselves_and_nothing_else(shared):
         assert reward.is_equivalent(left, right) == same, (left, right)
 
 
-def test_pairs_that_were_written_without_a_look_at_the_checker():
-    """checker_pairs.jsonl: 400 labelled pairs of all kinds, by somebody who knew the rules and not the code. When they
-    were first tried 392 came out right (96.0 % and 99.3 % of the true and false ones of `rlvr`, all of `cas`)."""
+@pytest.mark.parametrize("batch, floors", [(1, (0.95, 1, 1, 1)), (2, (0.93, 1, 0.86, 1)), (3, (1, 1, 1, 1))])
+def test_pairs_that_were_written_without_a_look_at_the_checker(batch, floors):
+    """checker_pairs.jsonl: labelled pairs of all kinds, by authors who knew the rules and not the code; rules were
+    mended after each batch. What came out right at the first try, of the true and false ones of `rlvr` and of `cas`:
+    batch 1, 96.0, 99.3, 100 and 100 %; batch 2 (hard on purpose), 88.0, 100, 81.8 and 100 %; batch 3, 97.4 and three
+    times 100 %."""
     lines = Path(__file__).with_name("checker_pairs.jsonl").read_text(encoding="utf-8").splitlines()
     found = {}
     for pair in map(json.loads, lines):
-        right = reward.score("\\boxed{" + pair["pred"] + "}", pair["gold"]) > 0
-        found.setdefault((pair["tier"], pair["expect"]), []).append(right == pair["expect"])
+        if pair["batch"] == batch:
+            response = pair["pred"] if pair.get("form") == "response" else "\\boxed{" + pair["pred"] + "}"
+            right = reward.score(response, pair["gold"]) > 0
+            found.setdefault((pair["tier"], pair["expect"]), []).append(right == pair["expect"])
     shares = {kind: sum(verdicts) / len(verdicts) for kind, verdicts in found.items()}
-    assert shares["rlvr", True] > 0.95 and shares["rlvr", False] == 1
-    assert shares["cas", True] == shares["cas", False] == 1
+    kinds = (("rlvr", True), ("rlvr", False), ("cas", True), ("cas", False))
+    assert all(shares[kind] >= floor for kind, floor in zip(kinds, floors)), shares

@@ -100,6 +100,8 @@ NUMBERS = [
     r"e \ge 1000!, e",
     r"x \ge 3000!",
     r"x + y = 3000!/7",
+    r"\sum_{k=0}^{4999} 2^k",
+    r"\sum_{k=1}^{60}\sin(k)x^k",
 ]
 STRUCTURE = [
     *(
@@ -195,6 +197,15 @@ STRUCTURE = [
     r"\boxed{" + "{" * 90_000,
     "final answer is " * 6_000,
     "{" * 50_000 + "}" * 50_000,
+    "3" * 100_000 + "...",
+    "(1,2)(3,4)",
+    r"\{1,2\}(3,4)",
+    r"2\begin{pmatrix}1\\2\end{pmatrix}" * 30,
+    *(
+        unit * (200_000 // len(unit))
+        for unit in ("33...", "1,000,", r"3\!", "1e5", "0.3\\overline{", "\n \t", "**a**", "answer is", r"\frac{1}{2",
+                     r"\pmod{", "a.m.", "] U [", r"\text{a}", "$ 1", r"\mathbb{", "^ { ", "is a ", "<|a|>", "1.1.")
+    ),
 ]
 ALGEBRA = [
     "(x+y+z+w)^{1000}",
