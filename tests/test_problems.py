@@ -87,7 +87,7 @@ def test_published_shapes_are_known_by_their_fields(tmp_path, name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parquet_is_read_as_the_same_lines_are(tmp_path, name):
-    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow, which the tests do not install")
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
     from pyarrow import parquet
 
     line = PUBLISHED[name][0]
