@@ -139,15 +139,25 @@ def rope_frequencies(config, device):
     return (1 - keep) * frequency / factor + keep * frequency
 
 
-# oneDNN's matrix product for CPUs, which torch itself calls from compiled code. In float32 it is two to three times as
-# fast as the MKL that nn.Linear calls, on an AMD machine at least. None where torch was built without it.
-ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# It keeps a compiled product for each shape it has met, 1,024 unless told: 200 are as fast, and a fifth of a GiB less.
+# What the CPU is, for two choices that change speed and rounding only. MKL, which nn.Linear calls in float32, is fast
+# on Intel's; elsewhere oneDNN's product, which torch itself calls from compiled code, is two to three times as fast.
+# Without units for bf16 a product of bf16 numbers is four times as fast in float32, in which it is summed anyway.
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+ONEDNN = None if "GenuineIntel" in CPU else getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+WIDEN = "bf16" not in CPU
+# oneDNN keeps a compiled product for each shape it has met, 1,024 unless told: 200 are as fast, and a fifth of a GiB less.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
+
+
+def widened(x):
+    """Whether products of x are made in float32 and rounded once."""
+    return WIDEN and x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
 def product(x, weight, bias=None):
     """x Wᵀ + b: x (...,D), weight (F,D) -> (...,F)."""
+    if widened(x):  # the weight may be in float32 already
+        return product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     if ONEDNN and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel():
         return ONEDNN(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -169,9 +179,9 @@ class _Product(torch.autograd.Function):
 
 class Linear(nn.Linear):
     def forward(self, x):
-        if x.device.type == "cpu" and x.dtype == torch.float32:  # in bf16 nn.Linear calls oneDNN by itself
+        if widened(x) or (ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32):
             return _Product.apply(x, self.weight, self.bias)
-        return super().forward(x)
+        return super().forward(x)  # which in bf16 calls oneDNN by itself
 
 
 def rotate(x, cos, sin):
@@ -364,14 +374,19 @@ class Transformer(nn.Module):
 
     @contextmanager
     def packed(self):
-        """For sampling: on a CPU each matrix once more in oneDNN's own layout, which few rows read twice as fast.
+        """For sampling: on a CPU each matrix once more in a layout that few rows read twice as fast.
 
         Until the end the layers use these copies: no gradients, and no change of the weights."""
         weight = self.model.norm.weight
         layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+
+        def pack(matrix):
+            matrix = matrix.float() if widened(matrix) else matrix
+            # About how many rows there will be; without oneDNN, columns in one piece: MKL need not turn them round.
+            return torch.ops.mkldnn._reorder_linear_weight(matrix, batch_size=32) if ONEDNN else matrix.T.contiguous().T
+
         try:
-            if ONEDNN and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
-                pack = partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=32)  # about how many rows
+            if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
                 for layer in layers:
                     layer.forward = partial(product, weight=pack(layer.weight), bias=layer.bias)
                 head = pack(self.head_weight())

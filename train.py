@@ -49,7 +49,7 @@ from tqdm import tqdm
 import copo
 import eval as evaluation
 from eval import INSTRUCTION, deal_out, gather, join_ranks, rank, say, together, world
-from model import Config, Transformer, model_directory, read_weights
+from model import WIDEN, Config, Transformer, model_directory, read_weights
 from reward import Verifier, load_problems
 from sampler import encode_prompt, rows_that_fit, sample
 
@@ -323,7 +323,8 @@ def memory_plan(config, args, ranks):
         "masters": wide * parameters / ranks, "optimiser": 2 * wide * parameters / ranks,
         "gradients": wide * parameters / ranks,
         "sampler": narrow * parameters * apart,
-        "packed": narrow * parameters * (args.device == "cpu"),  # see Transformer.packed()
+        # Transformer.packed() keeps a second copy, in float32 where a CPU has no units for bf16.
+        "packed": max(narrow, 4 * WIDEN) * parameters * (args.device == "cpu"),
         "reference": narrow * parameters / ranks * (args.kl_coef > 0),
         "kv cache": rows * longest * layers * 2 * kv_heads * narrow,
         # A block in use and the next on its way, the embeddings (and head) throughout; and the gradients of as much.
