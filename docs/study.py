@@ -53,7 +53,8 @@ STEPS, RESPONSES, EVERY = 16, 240, 4  # of a run; of a step, P·G; steps between
 ALL = "--instruction '' --eval-samples 4 --save-every 0 --samples-every 0 --verifier-workers 1"
 WARM = "--steps 0 --sft-steps 600 --run-dir warm"
 SIZES = (f"--steps {STEPS} --model warm/model --max-prompt-tokens 64 --max-new-tokens 80 "
-         "--prompts-per-step 40 --group-size 6 --minibatch-prompts 10 --rollout-batch 0 --lr 2e-4 --beta2 0.95")  # fmt: skip
+         "--prompts-per-step 40 --group-size 6 --minibatch-prompts 10 --rollout-batch 0 --lr 2e-4 "
+         "--beta2 0.95")  # fmt: skip
 REAL = ("--model MODEL --max-prompt-tokens 128 --max-new-tokens 28 --prompts-per-step 8 --group-size 8 --steps 8 "
         "--minibatch-prompts 8 --lr 2e-5 --eval-every 4 --eval-problems 50 --micro-tokens 2048")  # fmt: skip
 TRAIN, HELD_OUT = 1000, 100  # problems of a mix
