@@ -145,7 +145,7 @@ def rope_frequencies(config, device):
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 ONEDNN = None if "GenuineIntel" in CPU else getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 WIDEN = "bf16" not in CPU
-# oneDNN keeps a compiled product for each shape it has met, 1,024 unless told: 200 are as fast, and a fifth of a GiB less.
+# oneDNN keeps a compiled product for each shape it has met, 1,024 unless told: 200 are as fast, in 0.2 GiB less.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
 
 
