@@ -36,12 +36,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 RECORD = ROOT / "docs/study/results.json"
 
-# (level, question) of data/make_arithmetic.py -> its share of a mix, in percent. Level 6 is level 4 with four more
-# terms: longer than anything in the warm start, and so out of the model's reach.
+# (level, question) of data/make_arithmetic.py -> its share of a mix, in percent. Level 6 is level 3 with three more
+# terms: longer than anything in the warm start, which has levels 1 to 3.
 MIXES = {
+    "hard": {(3, "Quiz:"): 30, (6, "Quiz:"): 70},
+    "even": {(3, "Quiz:"): 85, (6, "Quiz:"): 15},
     "easy": {(3, "Solve"): 55, (3, "Quiz:"): 45},
-    "even": {(3, "Quiz:"): 50, (4, "Quiz:"): 50},
-    "hard": {(4, "Quiz:"): 30, (6, "Quiz:"): 70},
 }
 CONFIGURATIONS = {
     "grpo": "--algo grpo", "copo": "--algo copo", "copo-paper": "--algo copo-paper",
@@ -51,8 +51,9 @@ CONFIGURATIONS = {
 GRID = {f"γ{g}ρ{r}": f"--gamma {g} --rho {r}" for g in (1, 5, 20) for r in (0.5, 1, 1.5) if (g, r) != (5, 1)}
 STEPS, RESPONSES, EVERY = 16, 240, 4  # of a run; of a step, P·G; steps between evaluations
 ALL = "--instruction '' --eval-samples 4 --save-every 0 --samples-every 0 --verifier-workers 1"
-WARM = "--steps 0 --sft-steps 600 --run-dir warm"
-SIZES = (f"--steps {STEPS} --model warm/model --max-prompt-tokens 64 --max-new-tokens 80 "
+WARM = ("--steps 0 --sft-steps 900 --sft-batch 32 --data ../data/warm_train.jsonl --eval-data ../data/easy_test.jsonl "
+        "--run-dir warm")  # fmt: skip
+SIZES = (f"--steps {STEPS} --model warm/model --max-prompt-tokens 64 --max-new-tokens 64 "
          "--prompts-per-step 40 --group-size 6 --minibatch-prompts 10 --rollout-batch 0 --lr 2e-4 "
          "--beta2 0.95")  # fmt: skip
 REAL = ("--model MODEL --max-prompt-tokens 128 --max-new-tokens 28 --prompts-per-step 8 --group-size 8 --steps 8 "
@@ -95,9 +96,9 @@ def cells():
 
 
 def longer(row, rng):
-    """A problem of level 4 with four more terms, its value kept within 0 .. 99 like all others."""
+    """A problem of level 3 with three more terms, its value kept within 0 .. 99 like all others."""
     text, value = row["problem"], int(row["answer"])
-    for _ in range(4):
+    for _ in range(3):
         term = rng.randint(1, 9)
         sign = rng.choice([sign for sign in (1, -1) if 0 <= value + sign * term <= 99])
         text, value = f"{text}{'+-'[sign < 0]}{term}", value + sign * term
@@ -105,17 +106,20 @@ def longer(row, rng):
 
 
 def make_mixes(folder):
-    """Writes MIX_train.jsonl, out of the built-in training problems, and MIX_test.jsonl, of expressions not in them."""
+    """Writes MIX_train.jsonl, of built-in training problems, MIX_test.jsonl, of expressions not among them, and the
+    problems of the warm start."""
     import make_arithmetic
 
     rng = random.Random(1)
     folder.mkdir(parents=True)
     built_in = [json.loads(line) for line in (ROOT / "data/arithmetic_train.jsonl").read_text().splitlines()]
     taken = {row["problem"].removeprefix("Quiz: ").removeprefix("Solve ") for row in built_in}
-    fresh = make_arithmetic.make({2: 300, 3: 300, 4: 300}, rng, taken, held_out=True)
+    fresh = make_arithmetic.make({2: 300, 3: 600}, rng, taken, held_out=True)
+    warm = [row for row in built_in if row["level"] <= 3]
+    (folder / "warm_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in warm))
     for mix, shares in MIXES.items():
         for name, rows, size in (("train", built_in, TRAIN), ("test", fresh, HELD_OUT)):
-            rows, chosen = rows + [longer(row, rng) for row in rows if row["level"] == 4], []
+            rows, chosen = rows + [longer(row, rng) for row in rows if row["level"] == 3], []
             for kind, percent in shares.items():
                 chosen += [r for r in rows if (r["level"], r["problem"].split()[0]) == kind][: size * percent // 100]
             rng.shuffle(chosen)
@@ -264,10 +268,9 @@ def compared(found, folder):
     made = {}
     for mix in dict.fromkeys(name.split("/")[0] for name in found):
         runs = [name for name in found if name.startswith(f"{mix}/")]
-        base = next((name for name in runs if "/grpo-" in name), None)
         if mix == "grid":  # its middle is copo, on the same problems and from the same seeds
             runs += [name for name in found if name in {f"even/copo-{run[-1]}" for run in runs}]
-            base = runs[-1]
+        base = next((name for name in runs if ("/grpo-", "/copo-")[mix == "grid"] in name), None)
         flags = ["--baseline", str(folder / base)] if base else []
         flags += ["--plot", str(RECORD.with_name(f"{mix}.png"))] if find_spec("matplotlib") and mix in MIXES else []
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -334,14 +337,6 @@ def tables(found, made):
             grpo, copo = (mean(alive(c)[step - 1] for c in of(mix, name)) for name in ("grpo", "copo"))
             rows.append([mix, step, f"{grpo:.1%}", f"{copo:.1%}", f"{copo / grpo:.2f}" if grpo else "-"])
     table("Share of the groups that give a gradient", ["mix", "step", "grpo", "copo", "ratio"], *rows)
-    if "grid" in made:
-        rows = [[f"γ {g}", *(text(made["grid"].get((MEAN, "copo" if (g, r) == (5, 1) else f"γ{g}ρ{r}")))
-                             for r in (0.5, 1, 1.5))] for g in (1, 5, 20)]  # fmt: skip
-        table("even, mean@4 after 16 steps by γ and ρ", ["", "ρ 0.5", "ρ 1", "ρ 1.5"], *rows)
-    rows = [[key.split("/")[1], *(f"{accuracy(cell, i):.1%}" for i in range(3)), f"{mean(alive(cell)):.1%}"]
-            for key, cell in found.items() if key.startswith("smollm2/")]  # fmt: skip
-    if rows:
-        table("SmolLM2-135M", ["run", "mean@4 before", "step 4", "step 8", "groups with a gradient"], *rows)
     return "\n".join(parts)
 
 
