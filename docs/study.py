@@ -23,6 +23,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -193,6 +194,7 @@ def make(waiting, args):
     """Runs cells, --jobs at a time, always the first that can start. One that fails is named, and the rest goes on."""
     runs, running, told, failed = Path(args.runs).resolve(), {}, set(), []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, it ends the runs too
     if not (runs / "data").exists():
         make_mixes(runs / "data")
     try:
@@ -317,8 +319,8 @@ def tables(found, made):
     rows = []
     for mix in mixes:
         wrong, mixed = (mean(c["metrics"][name][0] for c in of(mix, "grpo")) for name in ("all_wrong", "mixed"))
-        before = mean(accuracy(c, 0) for c in of(mix, "grpo"))
-        rows.append([mix, *(f"{x:.1%}" for x in (wrong, mixed, 1 - wrong - mixed, before))])
+        before, right = mean(accuracy(c, 0) for c in of(mix, "grpo")), abs(1 - wrong - mixed)  # abs: no "-0.0%"
+        rows.append([mix, *(f"{x:.1%}" for x in (wrong, mixed, right, before))])
     table("Mixes: groups at step 1, held-out mean@4 before it",
           ["mix", "all wrong", "mixed", "all right", "mean@4"], *rows)  # fmt: skip
     for mix in mixes:
@@ -333,9 +335,11 @@ def tables(found, made):
               "area under the curve", "minus grpo", "groups with a gradient", "wrong pushed up"], *rows)  # fmt: skip
     rows = []
     for mix in mixes:
-        for step in (1, 4, 8, 12, 16):
-            grpo, copo = (mean(alive(c)[step - 1] for c in of(mix, name)) for name in ("grpo", "copo"))
-            rows.append([mix, step, f"{grpo:.1%}", f"{copo:.1%}", f"{copo / grpo:.2f}" if grpo else "-"])
+        shares = [[mean(step) for step in zip(*map(alive, of(mix, name)))] for name in ("grpo", "copo")]
+        steps = [(step, grpo, copo, copo / max(grpo, 1e-9)) for step, (grpo, copo) in enumerate(zip(*shares), 1)]
+        lowest = min(steps, key=lambda row: row[-1])
+        for step, grpo, copo, ratio in [steps[0], *steps[EVERY - 1 :: EVERY], (f"{lowest[0]} (lowest)", *lowest[1:])]:
+            rows.append([mix, step, f"{grpo:.1%}", f"{copo:.1%}", f"{ratio:.2f}"])
     table("Share of the groups that give a gradient", ["mix", "step", "grpo", "copo", "ratio"], *rows)
     return "\n".join(parts)
 
@@ -348,13 +352,14 @@ def draw(found, made):
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1, 1.6], layout="tight")
-    mixes, names = [mix for mix in MIXES if mix in made], [name for name in CONFIGURATIONS if name != "grpo"]
+    mixes = [mix for mix in MIXES if mix in made]
+    names = [name for name in CONFIGURATIONS if name != "grpo" and any((AREA, name) in made[mix] for mix in mixes)]
     for i, mix in enumerate(mixes):
         for j, name in enumerate(("grpo", "copo")):
             first = [alive(cell)[0] for key, cell in found.items() if key.startswith(f"{mix}/{name}-")]
             label = name if i == 0 else None
             left.bar(i + 0.4 * j - 0.2, sum(first) / len(first), 0.38, color=("0.6", "C0")[j], label=label)
-        rows = [(j, made[mix].get((AREA, name))) for j, name in enumerate(names)]
+        rows = [(j, made[mix].get((MEAN, name))) for j, name in enumerate(names)]
         rows = [(j, row["difference"]) for j, row in rows if row and row["difference"]]
         for j, row in rows:
             place = j + 0.22 * (1 - i)
@@ -362,9 +367,10 @@ def draw(found, made):
             right.plot(100 * row["mean"], place, "o", color=f"C{i}", ms=4, label=mix if j == rows[0][0] else None)
     left.set(xticks=range(len(mixes)), xticklabels=mixes, ylim=(0, 1), title="groups with a gradient, step 1")
     right.axvline(0, color="0.6", lw=0.8)
-    right.set(yticks=range(len(names)), yticklabels=names, title="held-out accuracy along the way, minus grpo")
-    right.set(xlabel="points, 95 % interval over seeds and problems")
-    right.invert_yaxis()
+    right.set(yticks=range(len(names)), yticklabels=names,
+              title=f"held-out accuracy after {STEPS} steps, minus grpo",
+              ylim=(len(names) - 0.5, -0.5))
+    right.set(xlabel="points, 95 % interval over seeds, then problems")
     left.legend(frameon=False)
     right.legend(frameon=False, title="mix")
     figure.savefig(RECORD.with_name("study.png"), dpi=110)

@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,13 @@ def test_tables_tell_what_is_on_record(fakes, tmp_path, capsys):
     assert rows[0][1] == "2" and rows[0][3].startswith("+0.0%")  # the same figures as grpo's
     full = (tmp_path / "docs/hard.txt").read_text()
     assert "minus grpo" in full and "16 of" not in full
+
+
+def test_the_tables_of_the_document_are_those_of_the_record():
+    """What stands in docs/study.md comes out of docs/study/results.json, row by row."""
+    record, document = study.load_record(), (study.ROOT / "docs/study.md").read_text()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "RECORD", Path(folder) / "results.json")  # its tables and pictures are not to change
+        printed = study.tables(record, study.compared(record, Path(folder))).splitlines()
+    rows = [line for line in document.splitlines() if line.startswith("|")]
+    assert rows and set(rows) <= set(printed)
