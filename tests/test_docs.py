@@ -54,6 +54,8 @@ LONG = {
     "python copo.py --groups RUN/groups.jsonl": "a placeholder; the lab's commands of this form are run",
     "python tests/kill_ranks.py --kills 50": "343 s (docs/ranks.md)",
     "python tests/bench_ranks.py": "its table stands below it",
+    "python docs/study.py --jobs 2": "a minute or two a cell of 157 on shared cores, a warm start of 4 minutes a seed",
+    "python docs/study.py --only 'hard/copo-0' --again": "a minute or two, after the warm start",
 }  # fmt: skip
 
 
