@@ -167,9 +167,12 @@ def test_more_ranks_than_sequences_and_a_warm_start_with_a_reference(runs):
     """Two prompts of two responses on three ranks, one row an update less than there are ranks."""
     flags = {"steps": 2, "prompts_per_step": 2, "minibatch_prompts": 1, "group_size": 2, "sft_steps": 2, "sft_batch": 2,
              "kl_coef": 0.1, "overlong_factor": 1.0, "overlong_buffer": 6.0, "stop": ["=", "+", "?"],
-             "export_dtype": "float64"}  # fmt: skip
+             "export_dtype": "float64", "blend": "local"}  # fmt: skip
     alone, directory = runs.shared(**flags), runs.directory()
     torchrun(3, runs.argv(flags, run_dir=directory))
+    # Lengths, and so rewards, differ. With the KL term alone the first gradient is nothing but rounding, which AdamW
+    # blows up (g / (|g| + 1e-8)): its next gradient then agreed to 1e-5, not 1e-9, on one make of CPU.
+    assert all(line["grad_norm"] > 0.01 for line in tiny_runs.metrics(alone))
     assert_same(tiny_runs.metrics(alone), tiny_runs.metrics(directory))
     assert weights_agree(alone, directory)
 
