@@ -59,7 +59,7 @@ DEMO = {
     "data": str(HERE / "data/arithmetic_train.jsonl"), "eval_data": str(HERE / "data/arithmetic_test.jsonl"),
     "instruction": "", "max_prompt_tokens": 64, "max_new_tokens": 64, "steps": 40, "prompts_per_step": 40,
     "group_size": 6, "minibatch_prompts": 40, "rollout_batch": 0, "micro_tokens": 2048, "lr": 2e-4, "beta2": 0.95,
-    "warmup_updates": 0, "sft_steps": 1100, "sft_batch": 64, "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
+    "warmup_updates": 0, "sft_steps": 600, "sft_batch": 64, "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
 }  # fmt: skip
 AUTHORS = {
     "eval_data": None, "instruction": INSTRUCTION,
@@ -375,7 +375,7 @@ TINY = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 128,
     "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
-    "initializer_range": 0.05, "torch_dtype": "float32", "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 261,
+    "initializer_range": 0.05, "torch_dtype": "float32", "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 351,
 }  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
@@ -384,7 +384,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_model(path, seed):
-    """Writes a Qwen2-shaped model of 0.8 million random parameters to `path`, with a tokenizer of single bytes."""
+    """Writes a Qwen2-shaped model of 0.8 million random parameters to `path`; a token is a byte or a two-digit number."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -392,8 +392,9 @@ def make_tiny_model(path, seed):
     special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate([*special, *letters])}, []))
-    # `\\boxed{` is one token, so that writing it takes one step instead of seven.
-    backend.add_tokens([AddedToken("\\boxed{", normalized=False)])
+    # One token each, so that they take one step: what opens every answer, and the numbers of two digits.
+    pieces = ["\\boxed{", *(str(number) for number in range(10, 100))]
+    backend.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=special[0], pad_token=special[0], unk_token=special[0],
         additional_special_tokens=special[1:], chat_template=CHAT_TEMPLATE,

@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 RECORD = ROOT / "docs/study/results.json"
 
 # (level, question) of data/make_arithmetic.py -> its share of a mix, in percent. Level 6 is level 3 with three more
-# terms: longer than anything in the warm start, which has levels 1 to 3.
+# terms: longer than anything in the warm start.
 MIXES = {
     "hard": {(3, "Quiz:"): 30, (6, "Quiz:"): 70},
     "even": {(3, "Quiz:"): 85, (6, "Quiz:"): 15},
@@ -52,8 +52,7 @@ CONFIGURATIONS = {
 GRID = {f"γ{g}ρ{r}": f"--gamma {g} --rho {r}" for g in (1, 5, 20) for r in (0.5, 1, 1.5) if (g, r) != (5, 1)}
 STEPS, RESPONSES, EVERY = 16, 240, 4  # of a run; of a step, P·G; steps between evaluations
 ALL = "--instruction '' --eval-samples 4 --save-every 0 --samples-every 0 --verifier-workers 1"
-WARM = ("--steps 0 --sft-steps 1800 --sft-batch 32 --data ../data/warm_train.jsonl --eval-data ../data/easy_test.jsonl "
-        "--run-dir warm")  # fmt: skip
+WARM = "--steps 0 --run-dir warm"  # the demonstration's
 SIZES = (f"--steps {STEPS} --model warm/model --max-prompt-tokens 64 --max-new-tokens 64 "
          "--prompts-per-step 40 --group-size 6 --minibatch-prompts 10 --rollout-batch 0 --lr 2e-4 "
          "--beta2 0.95")  # fmt: skip
@@ -96,31 +95,28 @@ def cells():
     return [cell for part in parts for cell in part]
 
 
-def longer(row, rng):
-    """A problem of level 3 with three more terms, its value kept within 0 .. 99 like all others."""
+def longer(row, rng, largest):
+    """A problem of level 3 with three more terms, its values within 0 .. largest like all others'."""
     text, value = row["problem"], int(row["answer"])
     for _ in range(3):
         term = rng.randint(1, 9)
-        sign = rng.choice([sign for sign in (1, -1) if 0 <= value + sign * term <= 99])
+        sign = rng.choice([sign for sign in (1, -1) if 0 <= value + sign * term <= largest])
         text, value = f"{text}{'+-'[sign < 0]}{term}", value + sign * term
     return {"problem": text, "answer": str(value), "level": 6, "require_value": True}
 
 
 def make_mixes(folder):
-    """Writes MIX_train.jsonl, of built-in training problems, MIX_test.jsonl, of expressions not among them, and the
-    problems of the warm start."""
+    """Writes MIX_train.jsonl, of built-in training problems, and MIX_test.jsonl, of expressions not among them."""
     import make_arithmetic
 
     rng = random.Random(1)
     folder.mkdir(parents=True)
     built_in = [json.loads(line) for line in (ROOT / "data/arithmetic_train.jsonl").read_text().splitlines()]
     taken = {row["problem"].removeprefix("Quiz: ").removeprefix("Solve ") for row in built_in}
-    fresh = make_arithmetic.make({2: 300, 3: 600}, rng, taken, held_out=True)
-    warm = [row for row in built_in if row["level"] <= 3]
-    (folder / "warm_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in warm))
+    fresh = make_arithmetic.make({3: 600}, rng, taken, held_out=True)
     for mix, shares in MIXES.items():
         for name, rows, size in (("train", built_in, TRAIN), ("test", fresh, HELD_OUT)):
-            rows, chosen = rows + [longer(row, rng) for row in rows if row["level"] == 3], []
+            rows, chosen = rows + [longer(row, rng, make_arithmetic.LARGEST) for row in rows if row["level"] == 3], []
             for kind, percent in shares.items():
                 chosen += [r for r in rows if (r["level"], r["problem"].split()[0]) == kind][: size * percent // 100]
             rng.shuffle(chosen)
