@@ -384,7 +384,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_model(path, seed):
-    """Writes a Qwen2-shaped model of 0.8 million random parameters to `path`; a token is a byte or a two-digit number."""
+    """Writes a Qwen2-shaped model of 0.8 million random parameters; its tokens are bytes and two-digit numbers."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

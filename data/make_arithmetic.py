@@ -32,7 +32,7 @@ LARGEST = 39
 
 
 def chain(terms):
-    """[(sign, value, text), ...] -> the worked lines of a left-to-right sum, its value; None if it leaves 0..LARGEST."""
+    """[(sign, value, text), ...] -> the lines of a left-to-right sum, its value; None if it leaves 0 .. LARGEST."""
     total, lines = terms[0][1], []
     for sign, value, _ in terms[1:]:
         result = total + value if sign == "+" else total - value

@@ -40,9 +40,9 @@ RECORD = ROOT / "docs/study/results.json"
 # (level, question) of data/make_arithmetic.py -> its share of a mix, in percent. Level 6 is level 3 with three more
 # terms: longer than anything in the warm start.
 MIXES = {
-    "hard": {(3, "Quiz:"): 30, (6, "Quiz:"): 70},
-    "even": {(3, "Quiz:"): 85, (6, "Quiz:"): 15},
-    "easy": {(3, "Solve"): 55, (3, "Quiz:"): 45},
+    "hard": {(3, "Quiz:"): 15, (6, "Quiz:"): 85},
+    "even": {(3, "Quiz:"): 65, (6, "Quiz:"): 35},
+    "easy": {(3, "Solve"): 30, (3, "Quiz:"): 70},
 }
 CONFIGURATIONS = {
     "grpo": "--algo grpo", "copo": "--algo copo", "copo-paper": "--algo copo-paper",
