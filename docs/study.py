@@ -58,7 +58,7 @@ SIZES = (f"--steps {STEPS} --model warm/model --max-prompt-tokens 64 --max-new-t
          "--prompts-per-step 40 --group-size 6 --minibatch-prompts 10 --rollout-batch 0 --lr 2e-4 "
          "--beta2 0.95")  # fmt: skip
 REAL = ("--model MODEL --max-prompt-tokens 128 --max-new-tokens 28 --prompts-per-step 8 --group-size 8 --steps 8 "
-        "--minibatch-prompts 8 --lr 2e-5 --eval-every 4 --eval-problems 50 --micro-tokens 2048")  # fmt: skip
+        "--minibatch-prompts 8 --lr 2e-5 --eval-problems 50 --micro-tokens 2048")  # fmt: skip
 TRAIN, HELD_OUT = 1000, 100  # problems of a mix
 COLUMNS = ("step", "tokens", "seconds", "mixed", "all_wrong", "zero_gradient_groups", "wrong_pushed_up", "loss",
            "prompts_trained", "prompts_drawn")  # fmt: skip
@@ -73,24 +73,23 @@ class Cell(NamedTuple):
 def cells():
     """Every cell, in the order in which it is made: what there is no time for is missing at the end."""
 
-    def on(mix, configurations, seed):
+    def several(folder, seed, configurations, data, sizes):
+        data = f"--data {data}_train.jsonl --eval-data {data}_test.jsonl"
         for name, flags in configurations.items():
-            data = f"--data ../data/{mix}_train.jsonl --eval-data ../data/{mix}_test.jsonl"
             every = 1 if name == "dapo" else EVERY  # one of its own steps may be worth four of the others
-            yield f"{name}-{seed}", f"{flags} {data} {SIZES} --eval-every {every}"
+            yield Cell(f"{folder}/{name}-{seed}", seed, f"{flags} {data} {sizes} --eval-every {every}")
 
     def main(seed):
         yield Cell(f"warm-{seed}", seed, WARM)
         for mix in MIXES:
-            yield from (Cell(f"{mix}/{name}", seed, flags) for name, flags in on(mix, CONFIGURATIONS, seed))
+            yield from several(mix, seed, CONFIGURATIONS, f"../data/{mix}", SIZES)
 
     def grid(seed):
-        yield from (Cell(f"grid/{name}", seed, flags) for name, flags in on("even", GRID, seed))
+        return several("grid", seed, GRID, "../data/even", SIZES)
 
     def real(seed):
-        data = f"--data {ROOT}/data/words_train.jsonl --eval-data {ROOT}/data/words_test.jsonl"
-        for name in ("copo", "soft-zero-group", "grpo"):
-            yield Cell(f"smollm2/{name}-{seed}", seed, f"{CONFIGURATIONS[name]} {data} {REAL}")
+        some = {name: CONFIGURATIONS[name] for name in ("copo", "soft-zero-group", "grpo")}
+        return several("smollm2", seed, some, f"{ROOT}/data/words", REAL)
 
     parts = [main(0), main(1), main(2), real(0), grid(0), main(3), main(4), grid(1), real(1)]
     return [cell for part in parts for cell in part]
@@ -294,16 +293,13 @@ def alive(cell):
 
 def tables(found, made):
     """The tables of docs/study.md, in Markdown."""
+    from eval import figure_text
+
     parts = []
 
     def table(title, *rows):
         lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
         parts.append("\n".join([f"{title}\n", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n")
-
-    def text(row, sign=""):  # with a star where the interval of a difference excludes 0
-        low, high = row["interval"] if row else (0, 0)
-        star = " *" * bool(sign and low * high > 0)
-        return f"{row['mean']:{sign}.1%} [{low:{sign}.1%}, {high:{sign}.1%}]{star}" if row else ""
 
     def of(mix, name):
         return [cell for key, cell in found.items() if key.rsplit("-", 1)[0] == f"{mix}/{name}"]
@@ -329,8 +325,8 @@ def tables(found, made):
             if of(mix, name):
                 last, area, pushed = (made[mix][figure, name] for figure in (MEAN, AREA, PUSHED))
                 living = f"{mean(mean(alive(c)) for c in of(mix, name)):.1%}"
-                rows.append([name, len(last["runs"]), text(last), text(last["difference"], "+"), text(area),
-                             text(area["difference"], "+"), living, f"{pushed['mean']:.1%}"])  # fmt: skip
+                rows.append([name, len(last["runs"]), figure_text(last), figure_text(last, "+"), figure_text(area),
+                             figure_text(area, "+"), living, f"{pushed['mean']:.1%}"])  # fmt: skip
         table(f"{mix}, {STEPS} steps", ["configuration", "seeds", "mean@4, last step", "minus grpo",
               "area under the curve", "minus grpo", "groups with a gradient", "wrong pushed up"], *rows)  # fmt: skip
     rows = []
