@@ -168,10 +168,8 @@ def flags():
     add("--export-dtype", choices=DTYPES, help="of exported weights (default: the source's)")
     add("--samples-every", type=whole, default=10, help="steps between entries in samples.txt (0 = disabled)")
     add = parser.add_argument_group("ranks and memory").add_argument
-    add("--timeout", type=positive, default=600.0, help="how long a rank waits for another before it gives up, in "
-                                                         "seconds; rollouts may differ by as much")  # fmt: skip
-    add("--activation-checkpointing", action=yes_no, default=False, help="keep one activation a layer for the backward "
-                                                                          "pass, and make the rest again")  # fmt: skip
+    add("--timeout", type=positive, default=600.0, help="seconds that a rank waits for another before it gives up")
+    add("--activation-checkpointing", action=yes_no, default=False, help="keep one activation a layer, remake the rest")
     add("--cpu-offload", action=yes_no, default=False, help="masters, gradients and optimiser in the host's memory")
     add("--free-sampler", action=yes_no, default=False, help="give the sampling copy's memory back for the updates")
     add("--compile", metavar="BACKEND", help="torch.compile for the layers that are trained, such as inductor")
@@ -479,6 +477,7 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     reference: Transformer = None  # the frozen initial policy, if there is a KL term
     verifier: Verifier = None
+    about: dict = None  # what stands in run.json, on rank 0
     clock: "Clock" = None
     stop: "Stop" = None
     state: State = field(default_factory=State)
@@ -531,28 +530,24 @@ class Totals:
     """Means and maxima in the making: sums and counts are added up over micro-batches, and divided once, at the end."""
 
     def __init__(self):
-        self.sums, self.peaks = {}, {}  # name -> (sum, count) float64; name -> the largest value so far
+        self.sums = {}  # name -> (sum, count) float64; of a name that ends in _max: (largest value, 1)
 
     def add(self, name, total, count=1):
         pair = [torch.as_tensor(x, dtype=torch.float64, device=total.device) for x in (total.detach(), count)]
-        self.sums[name] = self.sums.get(name, 0) + torch.stack(pair)
-
-    def peak(self, name, value):
-        self.peaks[name] = max(self.peaks.get(name, 0.0), float(value))
+        pair, join = torch.stack(pair), torch.maximum if name.endswith("_max") else torch.add
+        self.sums[name] = join(self.sums.get(name, torch.zeros_like(pair)), pair)
 
     def reduced(self):
         """The totals of all ranks together."""
         everyone = Totals()
-        for sums, peaks in gather(({name: pair.cpu() for name, pair in self.sums.items()}, self.peaks)):
+        for sums in gather({name: pair.cpu() for name, pair in self.sums.items()}):
             for name, pair in sums.items():
-                everyone.sums[name] = everyone.sums.get(name, 0) + pair
-            for name, value in peaks.items():
-                everyone.peak(name, value)
+                everyone.add(name, *pair)
         return everyone
 
     def means(self):
         pairs = {name: pair.tolist() for name, pair in self.sums.items()}
-        return {name: total / count for name, (total, count) in pairs.items() if count > 0} | self.peaks
+        return {name: total / count for name, (total, count) in pairs.items() if count > 0}
 
 
 class Clock:
@@ -810,7 +805,7 @@ def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=
         if old_logprobs is None or args.old_logprobs == "recompute":
             # Sampling and scoring are to agree up to rounding; where they do not, the sampler is not the policy.
             difference = torch.where(mask, old - sampled[part, :width].to(old), 0.0).abs().double()
-            totals.peak("sampler_difference_max", difference.max() if width else 0.0)
+            totals.add("sampler_difference_max", difference.max() if width else difference.sum())
             metrics["sampler_difference"] = difference.sum(), mask.sum()
         metrics |= {f"{name}_{suffix}": metrics[name] for name in list(metrics) if "clip" in name for suffix in place}
         for name, (total, count) in metrics.items():
@@ -835,7 +830,7 @@ def finish_update(run, loss, rate, totals):
         run.optimizer.step()
         totals.add("loss", loss)
         totals.add("grad_norm", norm)
-        totals.peak("grad_norm_max", norm)
+        totals.add("grad_norm_max", norm)
     run.optimizer.zero_grad(set_to_none=True)
     state.updates += 1
     state.skipped_updates += not made
@@ -969,8 +964,7 @@ def sample_table(run, batch, signals):
 
 def console_line(m, steps):
     """One step for a person to read."""
-    names = ("evaluate", "prefill", "decode", "verify", "logprobs", "forward", "backward", "optimizer", "save", "other")
-    phases = {name: m.get(f"seconds_{name}", 0) for name in names}
+    phases = {name.removeprefix("seconds_"): m[name] for name in m if name.startswith("seconds_")}
     phases = " ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
     return (
         f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  wrong/mixed/right "
@@ -1272,39 +1266,34 @@ def record_run(run):
     """run.json: every flag, versions, commit. On resume it says which flags differ from before, and notes them."""
     if rank() != 0:
         return
-    path, now = run.directory / "run.json", dict(sorted(vars(run.args).items()))
+    flags = dict(sorted(vars(run.args).items()))
     if run.args.resume:
-        about = json.loads(path.read_text())
-        changed = {name: [about["flags"].get(name), value] for name, value in now.items()
-                   if name not in NOT_THE_RUN and about["flags"].get(name) != value}  # fmt: skip
+        run.about = json.loads((run.directory / "run.json").read_text())
+        before = run.about["flags"]
+        changed = {name: [before.get(name), value] for name, value in flags.items()
+                   if name not in NOT_THE_RUN and before.get(name) != value}  # fmt: skip
         for name, (old, new) in changed.items():
             say(f"WARNING {flag(name)} was {old} and is now {new}: from here on this is another run")
-        about.setdefault("resumed", []).append({"step": run.state.step, "changed": changed})
-        about.pop("ended", None)
+        run.about.setdefault("resumed", []).append({"step": run.state.step, "changed": changed})
+        run.about.pop("ended", None)
     else:
         git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         packages = ("torch", "transformers", "safetensors", "numpy", "tqdm", "sympy")
-        about = {
+        run.about = {
             "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "command": sys.argv, "commit": git.stdout.strip() or None,
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "python": platform.python_version(), "host": platform.platform(), "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in run.model.parameters()),
         }  # fmt: skip
-    write_about(path, about | {"flags": now})
+    write_about(run, flags=flags)
 
 
-def write_about(path, about):
-    temporary = path.with_suffix(".tmp")  # never seen half-written
-    temporary.write_text(json.dumps(about, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def record_ending(run, how, why):
-    """The last word of run.json, of a run that was not killed: "finished", "stopped" or "failed", when, and why."""
-    if rank() == 0:
-        path, ended = run.directory / "run.json", {"how": how, "step": run.state.step, "why": why}
-        with contextlib.suppress(OSError):  # such as a full disk, of which the run may have failed
-            write_about(path, json.loads(path.read_text()) | {"ended": ended})
+def write_about(run, **news):
+    """Adds to run.json, which is never seen half-written."""
+    run.about |= news
+    temporary = run.directory / "run.tmp"
+    temporary.write_text(json.dumps(run.about, indent=1) + "\n")
+    os.replace(temporary, run.directory / "run.json")
 
 
 def start(run):
@@ -1410,8 +1399,9 @@ def main(argv=None):
         else:
             ending = f"train.py: rank {rank()}: {traceback.format_exc()}"
     finally:
-        if how:
-            record_ending(run, how, why)
+        if how and run.about:
+            with contextlib.suppress(OSError):  # such as a full disk, of which the run may have failed
+                write_about(run, ended={"how": how, "step": run.state.step, "why": why})
         run.verifier.close()
         run.stop.restore()
     if ending and world() > 1:

@@ -31,6 +31,7 @@ import time
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean as mean
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,8 +244,7 @@ def finish(cell, run, again):
     if "warm-" in cell.name:
         return "ready"
     record, new = load_record(), collect(run, EVERY)
-    means = [sum(line["right"]) / line["k"] / len(line["right"]) for line in new["held_out"]]
-    said = " ".join(f"{mean:.1%}" for mean in means)
+    said = " ".join(f"{mean(line['right']) / line['k']:.1%}" for line in new["held_out"])
     for folder in ("checkpoints", "model"):
         shutil.rmtree(run / folder, ignore_errors=True)
     if again and cell.name in record:
@@ -304,10 +304,6 @@ def tables(found, made):
     def of(mix, name):
         return [cell for key, cell in found.items() if key.rsplit("-", 1)[0] == f"{mix}/{name}"]
 
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values)
-
     def accuracy(cell, i):
         return mean(cell["held_out"][i]["right"]) / cell["held_out"][i]["k"]
 
@@ -352,9 +348,8 @@ def draw(found, made):
     names = [name for name in CONFIGURATIONS if name != "grpo" and any((AREA, name) in made[mix] for mix in mixes)]
     for i, mix in enumerate(mixes):
         for j, name in enumerate(("grpo", "copo")):
-            first = [alive(cell)[0] for key, cell in found.items() if key.startswith(f"{mix}/{name}-")]
-            label = name if i == 0 else None
-            left.bar(i + 0.4 * j - 0.2, sum(first) / len(first), 0.38, color=("0.6", "C0")[j], label=label)
+            first = mean(alive(cell)[0] for key, cell in found.items() if key.startswith(f"{mix}/{name}-"))
+            left.bar(i + 0.4 * j - 0.2, first, 0.38, color=("0.6", "C0")[j], label=None if i else name)
         rows = [(j, made[mix].get((MEAN, name))) for j, name in enumerate(names)]
         rows = [(j, row["difference"]) for j, row in rows if row and row["difference"]]
         for j, row in rows:
@@ -363,10 +358,9 @@ def draw(found, made):
             right.plot(100 * row["mean"], place, "o", color=f"C{i}", ms=4, label=mix if j == rows[0][0] else None)
     left.set(xticks=range(len(mixes)), xticklabels=mixes, ylim=(0, 1), title="groups with a gradient, step 1")
     right.axvline(0, color="0.6", lw=0.8)
-    right.set(yticks=range(len(names)), yticklabels=names,
+    right.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5),
               title=f"held-out accuracy after {STEPS} steps, minus grpo",
-              ylim=(len(names) - 0.5, -0.5))
-    right.set(xlabel="points, 95 % interval over seeds, then problems")
+              xlabel="points, 95 % interval over seeds, then problems")  # fmt: skip
     left.legend(frameon=False)
     right.legend(frameon=False, title="mix")
     figure.savefig(RECORD.with_name("study.png"), dpi=110)
