@@ -391,6 +391,12 @@ NOT_A_CONFIGURATION = {
 TrainedRun = namedtuple("TrainedRun", "path flags evaluations metrics")  # evaluations by step; metrics: a line a step
 
 
+def read_lines(path):
+    """The lines of a run's file, which need not exist yet; a last one without its end was being written."""
+    text = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def load_run(path):
     """The run in a directory -> TrainedRun. ValueError if it has failed: nothing in it can be compared, and why.
 
@@ -398,15 +404,10 @@ def load_run(path):
     figure to show (no flags, no evaluation, damaged lines), changed its configuration on the way, or came to updates
     that are not finite; the rest counts as far as it came."""
 
-    def lines(name):
-        text = Path(path, name).read_text(encoding="utf-8") if Path(path, name).exists() else ""
-        # a last line without its end is one that was being written
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
     try:
         about = json.loads(Path(path, "run.json").read_text(encoding="utf-8"))
-        evaluations = {line["step"]: line for line in lines("eval.jsonl")}
-        run = TrainedRun(path, about["flags"], evaluations, lines("metrics.jsonl"))
+        evaluations = {line["step"]: line for line in read_lines(f"{path}/eval.jsonl")}
+        run = TrainedRun(path, about["flags"], evaluations, read_lines(f"{path}/metrics.jsonl"))
         if (ended := about.get("ended", {})).get("how") == "failed":
             raise ValueError(f"failed after step {ended['step']}: {ended['why']}")
         if changed := [name for resumed in about.get("resumed", ()) for name in resumed["changed"]]:
@@ -534,12 +535,10 @@ def print_comparison(report):
 
 def plot_curves(named, path):
     """Held-out mean@k over the steps that all runs of a configuration evaluated, with its 95 % band."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawing, axes = plt.subplots(figsize=(7, 4.5), layout="tight")
+    drawing = Figure(figsize=(7, 4.5), layout="tight")
+    axes = drawing.subplots()
     for name, same in named.items():
         steps = sorted(set.intersection(*(set(run.evaluations) for run in same)))
         values = [np.array([run.evaluations[step]["per_problem"] for run in same]) for step in steps]  # (S,N) each

@@ -36,6 +36,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import make_arithmetic  # noqa: E402
+
+from eval import compare, figure_text, read_lines  # noqa: E402
+
 RECORD = ROOT / "docs/study/results.json"
 
 # (level, question) of data/make_arithmetic.py -> its share of a mix, in percent. Level 6 is level 3 with three more
@@ -109,8 +113,6 @@ def longer(row, rng):
 def make_mixes(folder):
     """Writes MIX_train.jsonl, of built-in training problems, MIX_test.jsonl, of expressions not among them, and the
     problems of the warm start."""
-    import make_arithmetic
-
     rng = random.Random(1)
     folder.mkdir(parents=True)
     built_in = [json.loads(line) for line in (ROOT / "data/arithmetic_train.jsonl").read_text().splitlines()]
@@ -128,12 +130,6 @@ def make_mixes(folder):
 
 
 # --------------------------------------------------------------------------------------------------------- the record
-
-
-def read_lines(path):
-    """The finished lines of a run's file, which need not exist yet."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def collect(run, every):
@@ -263,8 +259,6 @@ MEAN, AREA, PUSHED = "mean@4, last step", "mean@4, area under the curve", "wrong
 
 def compared(found, folder):
     """{mix: {(figure, configuration): its row in the report of eval.py --compare}}; what that prints goes to docs."""
-    import eval as evaluation
-
     unpack(found, folder)
     made = {}
     for mix in dict.fromkeys(name.split("/")[0] for name in found):
@@ -276,7 +270,7 @@ def compared(found, folder):
         flags += ["--plot", str(RECORD.with_name(f"{mix}.png"))] if find_spec("matplotlib") and mix in MIXES else []
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             flags += ["--json", str(folder / "json")]
-            evaluation.compare(["--compare", *(str(folder / name) for name in runs), *flags])
+            compare(["--compare", *(str(folder / name) for name in runs), *flags])
         RECORD.with_name(f"{mix}.txt").write_text(printed.getvalue())
         report = json.loads((folder / "json").read_text())
         names = {name: Path(same[0]["path"]).name[:-2] for name, same in report["runs"].items()}
@@ -293,8 +287,6 @@ def alive(cell):
 
 def tables(found, made):
     """The tables of docs/study.md, in Markdown."""
-    from eval import figure_text
-
     parts = []
 
     def table(title, *rows):
@@ -338,12 +330,10 @@ def tables(found, made):
 
 def draw(found, made):
     """One picture: who gets a gradient, and what becomes of it."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1, 1.6], layout="tight")
+    figure = Figure(figsize=(10, 4), layout="tight")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
     mixes = [mix for mix in MIXES if mix in made]
     names = [name for name in CONFIGURATIONS if name != "grpo" and any((AREA, name) in made[mix] for mix in mixes)]
     for i, mix in enumerate(mixes):
