@@ -368,12 +368,10 @@ def print_lab(title, table):
 
 def plot_lab(path, table):
     """Bars: where the gradient comes from. Crosses: the share of wrong responses that is pushed up."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawing, axes = plt.subplots(figsize=(8, 9), layout="tight")
+    drawing = Figure(figsize=(8, 9), layout="tight")
+    axes = drawing.subplots()
     start = [0.0] * len(table)
     for kind, color in (("all wrong", "#d98880"), ("mixed", "#f7dc6f"), ("all right", "#7dcea0")):
         width = [figures[f"from {kind}"] for figures in table.values()]

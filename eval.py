@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter, namedtuple
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -68,8 +69,10 @@ def leave_ranks():
 
     Without the interpreter's own ending: a thread of gloo's that is about to let go of a tensor at that moment wants
     the interpreter's lock, is ended instead, and takes the process down with it (SIGABRT, PyTorch 2.13)."""
-    if world() > 1:
+    several = world() > 1
+    if dist.is_initialized():
         dist.destroy_process_group()
+    if several:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -97,12 +100,11 @@ def together(work):
 
 
 def deal_out(items, work):
-    """Deals items to the ranks in turn: (what work(share) gave on each rank, the order that puts items back in place).
-
-    Ranks meet once all have finished; a ValueError on one of them then ends it on all."""
+    """Deals items to the ranks in turn: (what work(share) gave on each rank that has a share, the order that puts items
+    back in place). Ranks meet once all have finished; a ValueError on one of them then ends it on all."""
     shares = [range(r, len(items), world()) for r in range(world())]
-    parts = gather(together(lambda: work([items[i] for i in shares[rank()]])))
-    return parts, np.argsort([i for share in shares for i in share]).tolist()
+    parts = gather(together(lambda: work([items[i] for i in shares[rank()]]) if shares[rank()] else None))
+    return [part for part in parts if part is not None], np.argsort([i for share in shares for i in share]).tolist()
 
 
 def say(text):
@@ -114,24 +116,23 @@ def say(text):
 
 
 class Evaluation(NamedTuple):
-    """What k samples of N problems came to: arrays (N,k), and N lists of k strings."""
+    """What k samples of N problems came to: arrays (N,k)."""
 
     verdicts: np.ndarray  # bool: right
     classes: np.ndarray  # equivalent answers of a problem share a number; -1: no answer
+    answers: np.ndarray  # extracted from the responses, None where there is none
+    timed_out: np.ndarray  # bool: the checker gave up, which counts as wrong
     lengths: np.ndarray  # tokens, the stop token counted
     finished: np.ndarray  # bool: ended by a stop token, not by the limit
-    timed_out: np.ndarray  # bool: the checker gave up, which counts as wrong
-    answers: list  # extracted answers, None where there is none
-    responses: list  # texts
+    responses: np.ndarray  # texts
 
 
 def evaluate(
-    model, tokenizer, problems, verifier, *, k, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=(),
-    seed=0, system=None, instruction=INSTRUCTION, max_rows=0, max_memory=0, on_tokens=None,
+    model, tokenizer, problems, verifier, *, k, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, system=None,
+    instruction=INSTRUCTION, **options,
 ):  # fmt: skip
     """Samples and checks k responses to each problem -> Evaluation, in the order of `problems` (which may be a rank's
-    share of the data, or empty). temperature 0 is greedy. max_rows and max_memory bound the rows in flight, by
-    number and by bytes of their cache (0: all at once)."""
+    share of the data). temperature 0 is greedy. options: further ones of sample()."""
     prompts = [encode_prompt(tokenizer, problem.problem, system, instruction) for problem in problems]
     for problem, prompt in zip(problems, prompts):
         if len(prompt) + max_new_tokens > model.config.max_position_embeddings:
@@ -139,43 +140,27 @@ def evaluate(
                 f"data row {problem.row}: {len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the model's"
                 f" {model.config.max_position_embeddings} positions"
             )
-    responses, lengths, finished = [], [], []
-    if prompts:
-        samples = sample(
-            model, prompts, k, max_new_tokens, temperature, top_p, top_k, stop_ids=stop_ids, seed=seed,
-            rows=[problem.row for problem in problems], max_rows=max_rows, max_memory=max_memory,
-            on_tokens=on_tokens,
-        )  # fmt: skip
-        lengths, finished = samples.lengths.tolist(), samples.finished.tolist()
-        tokens = [row[:length] for row, length in zip(samples.tokens.tolist(), lengths)]
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        responses = [texts[i : i + k] for i in range(0, len(texts), k)]
-    groups = verifier.check(responses, [p.answer for p in problems], [p.require_value for p in problems])
+    rows = [problem.row for problem in problems]
+    samples = sample(model, prompts, k, max_new_tokens, temperature, top_p, top_k, rows=rows, **options)
+    texts, groups = check_samples(tokenizer, verifier, samples, problems)
+    verdicts, classes, answers, timed_out = zip(*groups)
+    columns = verdicts, classes, answers, timed_out, samples.lengths.tolist(), samples.finished.tolist(), texts
+    kinds = bool, np.int64, object, bool, np.int64, bool, object
+    return Evaluation(*(np.array(column, kind).reshape(len(problems), k) for column, kind in zip(columns, kinds)))
 
-    def table(rows, dtype):
-        return np.array(rows, dtype=dtype).reshape(len(problems), k)
 
-    return Evaluation(
-        table([group.verdicts for group in groups], bool),
-        table([group.classes for group in groups], np.int64),
-        table(lengths, np.int64),
-        table(finished, bool),
-        table([group.timed_out for group in groups], bool),
-        [group.answers for group in groups],
-        responses,
-    )
+def check_samples(tokenizer, verifier, samples, problems):
+    """What sample() gave for these problems, as text and checked: N lists of k responses, N of reward.Group."""
+    replies = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist())]
+    texts = tokenizer.batch_decode(replies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    k = len(texts) // len(problems)
+    texts = [texts[i : i + k] for i in range(0, len(texts), k)]
+    return texts, verifier.check(texts, [p.answer for p in problems], [p.require_value for p in problems])
 
 
 def merge(parts, order):
     """The Evaluations of the ranks' shares as one, in the order of the problems: what deal_out() gives."""
-
-    def joined(field):
-        if isinstance(field[0], np.ndarray):
-            return np.concatenate(field)[order]
-        rows = [row for share in field for row in share]
-        return [rows[i] for i in order]
-
-    return Evaluation(*map(joined, zip(*parts)))
+    return Evaluation(*(np.concatenate(field)[order] for field in zip(*parts)))
 
 
 # ---------------------------------------------------------------------------------- metrics, one value per problem
@@ -270,57 +255,64 @@ def metrics_per_problem(verdicts, classes):
 # ---------------------------------------------------------------------------------- the command
 
 
-def _refuse(message):
+def refuse(script, message):
     """One line on stderr and exit code 2: what every wrong flag and unreadable file ends in."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"{script}: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def number_in(kind, interval):
+    """An argparse type: an int or a float of an interval, "(0, 1]" for one that is above 0 and at most 1."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def parse(text):
+        value = kind(text)
+        above = value > low if interval[0] == "(" else value >= low
+        if not (above and (value < high if interval[-1] == ")" else value <= high)):
+            raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's word for what is not a number at all
+    return parse
 
 
 def parse_args(argv):
     """Flags, checked against each other; what is wrong ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.epilog = "python eval.py --compare RUN ... compares runs of train.py (--compare --help)"
-    parser.error = _refuse
+    parser.error = partial(refuse, "eval.py")
+    whole, count, part = number_in(int, "[0, inf)"), number_in(int, "[1, inf)"), number_in(float, "(0, 1]")
     add = parser.add_argument
     add("--model", required=True, help="directory or Hub id of a model")
     add("--data", required=True, help="problems: JSONL or parquet, a local file or hf://datasets/OWNER/NAME/FILE")
     add("--problem-field", help="field of the problem, a dot for one within another (default: known shapes)")
     add("--answer-field", help="field of the answer, likewise")
-    add("--data-fraction", type=float, default=1.0, help="use this part of the problems, drawn by --seed")
-    add("--k", type=int, help="samples per problem (default 8, with --greedy 1)")
-    add("--temperature", type=float, default=1.0, help="sampling temperature, above 0")
-    add("--top-p", type=float, default=1.0, help="sample from the fewest tokens with this much probability (1 = all)")
-    add("--top-k", type=int, default=0, help="sample from this many most likely tokens (0 = all)")
+    add("--data-fraction", type=part, default=1.0, help="use this part of the problems, drawn by --seed")
+    add("--k", type=count, help="samples per problem (default 8, with --greedy 1)")
+    add("--temperature", type=number_in(float, "(0, inf)"), default=1.0, help="of sampling (for 0 say --greedy)")
+    add("--top-p", type=part, default=1.0, help="sample from the fewest tokens with this much probability (1 = all)")
+    add("--top-k", type=whole, default=0, help="sample from this many most likely tokens (0 = all)")
     add("--greedy", action="store_true", help="the most likely token each time, one response per problem")
-    add("--max-new-tokens", type=int, default=512, help="longest response in tokens")
-    add("--limit", type=int, default=0, help="first so many problems only (0 = all)")
-    add("--seed", type=int, default=0, help="seed of the sampling noise and of the intervals")
+    add("--max-new-tokens", type=count, default=512, help="longest response in tokens")
+    add("--limit", type=whole, default=0, help="first so many problems only (0 = all)")
+    add("--seed", type=whole, default=0, help="seed of the sampling noise and of the intervals")
     add("--system", help="system message (default: none, or the chat template's own)")
     add("--stop", action="append", default=[], metavar="TOKEN", help="one more token that ends a response; repeatable")
     add("--instruction", default=INSTRUCTION, help="what follows the problem ('' = nothing; default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float64"), help="default: float32 on cpu, bfloat16 on cuda")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--rollout-batch", type=int, default=256, help="most responses in flight, bounds memory (0 = all)")
+    add("--rollout-batch", type=whole, default=256, help="most responses in flight, bounds memory (0 = all)")
     add("--out", help="write one JSON line per sample to this file, whole or not at all")
     add("--authors-metrics", action="store_true", help="print the authors' bootstrap maj@k and best@k as well")
     args = parser.parse_args(argv)
     if args.greedy and (args.k not in (None, 1) or args.temperature != 1 or args.top_p != 1 or args.top_k != 0):
         parser.error("--greedy has one response and no distribution: leave out --k, --temperature, --top-p and --top-k")
-    args.k = args.k if args.k is not None else 1 if args.greedy else 8
-    for flag, least in (("k", 1), ("top_k", 0), ("max_new_tokens", 1), ("limit", 0), ("seed", 0), ("rollout_batch", 0)):
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}")
+    args.k = args.k or (1 if args.greedy else 8)
     if args.authors_metrics and args.k < 2:
         parser.error("--authors-metrics needs --k of at least 2: there is no vote of one")
     if bool(args.problem_field) != bool(args.answer_field):
         parser.error("--problem-field and --answer-field belong together")
-    if not 0 < args.data_fraction <= 1:
-        parser.error(f"--data-fraction is {args.data_fraction}; it must be above 0 and at most 1")
-    if not 0 < args.temperature < math.inf:
-        parser.error(f"--temperature is {args.temperature}; it must be above 0 (for 0 say --greedy)")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, but torch finds no CUDA device here")
     if args.out and (Path(args.out).is_dir() or not os.access(Path(args.out).parent, os.W_OK)):
@@ -347,27 +339,21 @@ def load_checkpoint(path_or_id, dtype, device, stop=()):
 
 def write_samples(path, problems, evaluation):
     """One JSON line per sample, under a temporary name until all of it is there."""
-    partial = Path(f"{path}.partial")
+    unfinished = Path(f"{path}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            for i, problem in enumerate(problems):
-                for j in range(evaluation.verdicts.shape[1]):
+        with open(unfinished, "w", encoding="utf-8") as file:
+            for problem, *columns in zip(problems, *(part.tolist() for part in evaluation)):
+                for j, values in enumerate(zip(*columns)):
+                    right, label, answer, timed_out, length, finished, response = values
                     line = {
-                        "row": problem.row,
-                        "sample": j,
-                        "right": bool(evaluation.verdicts[i, j]),
-                        "class": int(evaluation.classes[i, j]),
-                        "answer": evaluation.answers[i][j],
-                        "reference": problem.answer,
-                        "length": int(evaluation.lengths[i, j]),
-                        "finished": bool(evaluation.finished[i, j]),
-                        "timed_out": bool(evaluation.timed_out[i, j]),
-                        "response": evaluation.responses[i][j],
-                    }
+                        "row": problem.row, "sample": j, "right": right, "class": label, "answer": answer,
+                        "reference": problem.answer, "length": length, "finished": finished, "timed_out": timed_out,
+                        "response": response,
+                    }  # fmt: skip
                     file.write(json.dumps(line) + "\n")
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def print_summary(evaluation, seconds, seed):
@@ -405,6 +391,12 @@ NOT_A_CONFIGURATION = {
 TrainedRun = namedtuple("TrainedRun", "path flags evaluations metrics")  # evaluations by step; metrics: a line a step
 
 
+def read_lines(path):
+    """The lines of a run's file, which need not exist yet; a last one without its end was being written."""
+    text = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def load_run(path):
     """The run in a directory -> TrainedRun. ValueError if it has failed: nothing in it can be compared, and why.
 
@@ -412,15 +404,10 @@ def load_run(path):
     figure to show (no flags, no evaluation, damaged lines), changed its configuration on the way, or came to updates
     that are not finite; the rest counts as far as it came."""
 
-    def lines(name):
-        text = Path(path, name).read_text(encoding="utf-8") if Path(path, name).exists() else ""
-        # a last line without its end is one that was being written
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
     try:
         about = json.loads(Path(path, "run.json").read_text(encoding="utf-8"))
-        evaluations = {line["step"]: line for line in lines("eval.jsonl")}
-        run = TrainedRun(path, about["flags"], evaluations, lines("metrics.jsonl"))
+        evaluations = {line["step"]: line for line in read_lines(f"{path}/eval.jsonl")}
+        run = TrainedRun(path, about["flags"], evaluations, read_lines(f"{path}/metrics.jsonl"))
         if (ended := about.get("ended", {})).get("how") == "failed":
             raise ValueError(f"failed after step {ended['step']}: {ended['why']}")
         if changed := [name for resumed in about.get("resumed", ()) for name in resumed["changed"]]:
@@ -509,6 +496,16 @@ def compare_runs(named, baseline):
     return sorted(rows, key=lambda row: order.index(row["figure"]))
 
 
+def figure_text(row, sign=""):
+    """A figure with its interval or, with "+" for a sign, its difference, and a star where that excludes 0."""
+    one = row["difference"] if sign else row
+    form = (f"{{:{sign},.0f}}" if row["figure"] in ("tokens sampled", "seconds") else f"{{:{sign}.1%}}").format
+    if one is None or one["interval"] is None:
+        return form(one["mean"]) if one else ""
+    low, high = one["interval"]
+    return f"{form(one['mean'])} [{form(low)}, {form(high)}]" + " *" * (sign == "+" and low * high > 0)
+
+
 def print_comparison(report):
     """Tables, aligned on the console and in Markdown."""
 
@@ -517,14 +514,6 @@ def print_comparison(report):
         for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
             print("| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |")
 
-    def text(row, sign=""):
-        one = row["difference"] if sign else row
-        form = (f"{{:{sign},.0f}}" if row["figure"] in ("tokens sampled", "seconds") else f"{{:{sign}.1%}}").format
-        if one is None or one["interval"] is None:
-            return form(one["mean"]) if one else ""
-        low, high = one["interval"]
-        return f"{form(one['mean'])} [{form(low)}, {form(high)}]" + " *" * (sign == "+" and low * high > 0)
-
     seeds = {name: ", ".join(f"{r['seed']}" + f" (unfinished: step {r['step']} of {r['of']})" * (r["step"] < r["of"])
                              for r in runs) for name, runs in report["runs"].items()}  # fmt: skip
     show(["configuration", *next(iter(report["flags"].values())), "seeds"],
@@ -532,7 +521,7 @@ def print_comparison(report):
     print("".join(f"\nfailed, and in no figure: {path}: {reason}" for path, reason in report["failed"].items()))
     minus = [f"minus {report['baseline']}"] if report["baseline"] else []
     show(["figure", "configuration", "value [95 % interval]", *minus],
-         *([row["figure"], row["configuration"], text(row), *[text(row, "+") for _ in minus]]
+         *([row["figure"], row["configuration"], figure_text(row), *[figure_text(row, "+") for _ in minus]]
            for row in report["figures"]))  # fmt: skip
     print(f"\n{report['problems']} held-out problems. Best step: each run's evaluation with the highest mean, chosen "
           "on these same problems,\nwhich flatters it. Tokens, seconds and groups: training up to the last evaluation; "
@@ -546,12 +535,10 @@ def print_comparison(report):
 
 def plot_curves(named, path):
     """Held-out mean@k over the steps that all runs of a configuration evaluated, with its 95 % band."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawing, axes = plt.subplots(figsize=(7, 4.5), layout="tight")
+    drawing = Figure(figsize=(7, 4.5), layout="tight")
+    axes = drawing.subplots()
     for name, same in named.items():
         steps = sorted(set.intersection(*(set(run.evaluations) for run in same)))
         values = [np.array([run.evaluations[step]["per_problem"] for run in same]) for step in steps]  # (S,N) each
@@ -566,7 +553,7 @@ def plot_curves(named, path):
 def compare(argv):
     """python eval.py --compare ...: runs of train.py, from their files alone."""
     parser = argparse.ArgumentParser(description="Compare runs of train.py by their files.", allow_abbrev=False)
-    parser.error = _refuse
+    parser.error = partial(refuse, "eval.py")
     add = parser.add_argument
     add("--compare", nargs="+", required=True, metavar="RUN", help="directories of runs, or globs in quotes")
     add("--baseline", metavar="RUN_OR_CONFIGURATION", help="what differences are taken to")
@@ -605,7 +592,7 @@ def compare(argv):
         if args.plot:
             plot_curves(named, args.plot)
     except (ValueError, OSError) as error:
-        _refuse(error)
+        refuse("eval.py", error)
     print_comparison(report)
 
 
@@ -629,8 +616,7 @@ def main(argv=None):
         say(f"data      {args.data}: {len(problems)} problems{reasons}")
         say(f"sampling  {how}, at most {args.max_new_tokens} tokens")
         started = time.monotonic()
-        # disable=None: a bar on a terminal, nothing in a log file
-        quiet = None if rank() == 0 else True
+        quiet = rank() > 0 or None  # None: a bar on a terminal, nothing in a log file
         with Verifier() as verifier, tqdm(unit=" tokens", unit_scale=True, disable=quiet, leave=False) as bar:
             parts, order = deal_out(problems, lambda share: evaluate(
                 model, tokenizer, share, verifier, k=args.k, max_new_tokens=args.max_new_tokens,
@@ -647,7 +633,7 @@ def main(argv=None):
                 print_authors_metrics(evaluation)
         leave_ranks()
     except (ValueError, OSError) as error:
-        _refuse(error)
+        refuse("eval.py", error)
     except KeyboardInterrupt:
         print("eval.py: interrupted, nothing written", file=sys.stderr)
         raise SystemExit(130) from None

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import copo
 import eval as evaluation
-from eval import INSTRUCTION, deal_out, gather, join_ranks, leave_ranks, rank, say, together, world
+from eval import deal_out, gather, join_ranks, leave_ranks, number_in, rank, say, together, world
 from model import WIDEN, Config, Transformer, model_directory, read_weights
 from reward import SHAPES, Verifier, load_problems, same_text
 from sampler import encode_prompt, rows_that_fit, sample
@@ -62,15 +62,14 @@ DEMO = {
     "warmup_updates": 0, "sft_steps": 600, "sft_batch": 64, "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
 }  # fmt: skip
 AUTHORS = {
-    "eval_data": None, "instruction": INSTRUCTION,
+    "eval_data": None, "instruction": evaluation.INSTRUCTION,
     "max_prompt_tokens": 1024, "max_new_tokens": 2048, "steps": 60, "prompts_per_step": 512, "group_size": 6,
     "minibatch_prompts": 32, "rollout_batch": 256, "micro_tokens": 4096, "lr": 1e-6, "beta2": 0.999,
     "warmup_updates": 0, "sft_steps": 0, "sft_batch": 128, "sft_lr": 1e-5, "eval_every": 10, "save_every": 10,
 }  # fmt: skip
 # What may differ between a run and its continuation without a word: where, how long, how often, how fast.
-NOT_THE_RUN = {"steps", "run_dir", "resume", "eval_every", "save_every", "keep", "export_every", "samples_every",
-               "device", "micro_tokens", "rollout_batch", "rollout_memory", "verifier_workers", "timeout",
-               "activation_checkpointing", "cpu_offload", "free_sampler", "compile", "plan"}  # fmt: skip
+NOT_THE_RUN = evaluation.NOT_A_CONFIGURATION - {"seed", "export_dtype", "verifier_timeout", "verifier_memory"}
+NOT_THE_RUN |= {"steps", "eval_every"}
 # What its checkpoints were made with, and may not differ at all.
 FIXED = ("model", "dtype", "sft_steps", "sft_batch", "sft_lr")
 RUN_FILES = ("metrics.jsonl", "groups.jsonl", "eval.jsonl", "samples.txt")
@@ -85,28 +84,15 @@ def need(holds, message):
         raise ValueError(message)
 
 
-def number(kind, low, above=False, below=math.inf):
-    """An argparse type: an int or a float that is at least `low` (or above it) and below another bound."""
-
-    def parse(text):
-        value = kind(text)
-        if not (low < value if above else low <= value) or not value < below:
-            bounds = f"{'above' if above else 'at least'} {low}" + (f" and below {below}" if below < 2**62 else "")
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse's word for what is not a number at all
-    return parse
-
-
 def flags():
     """The parser. What has no default here gets one from the preset (--algo) or the size set (DEMO or AUTHORS)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.error = lambda message: need(False, message)  # argparse would print the usage of sixty flags above it
-    yes_no, whole, count = argparse.BooleanOptionalAction, number(int, 0, below=2**63), number(int, 1)
-    real, positive, share = number(float, 0), number(float, 0, above=True), number(float, 0, below=1)
+    yes_no, whole, count = argparse.BooleanOptionalAction, number_in(int, "[0, 1e18]"), number_in(int, "[1, inf)")
+    several, real, positive = number_in(int, "[2, inf)"), number_in(float, "[0, inf)"), number_in(float, "(0, inf)")
+    share, part = number_in(float, "[0, 1)"), number_in(float, "(0, 1]")
     add = parser.add_argument_group("model").add_argument
     add("--model", help="Hugging Face directory or Hub id (default: a tiny one, made on the spot)")
     add("--dtype", choices=DTYPES, default="float32", help="compute type; master weights are float32 or float64")
@@ -119,11 +105,11 @@ def flags():
     add("--eval-data", help="held-out problems, likewise (without: no evaluation)")
     add("--problem-field", help="field of the problem, a dot for one within another (default: known shapes)")
     add("--answer-field", help="field of the answer, likewise; the held-out file may also be of a known shape")
-    add("--data-fraction", type=positive, help="train on this part of the problems, drawn by --seed (default: all)")
+    add("--data-fraction", type=part, help="train on this part of the problems, drawn by --seed (default: all)")
     add("--max-prompt-tokens", type=count, help="problems with longer prompts are dropped, in tokens")
     add = parser.add_argument_group("rollout").add_argument
-    add("--prompts-per-step", type=number(int, 2), help="P, prompts sampled in a step")
-    add("--group-size", type=number(int, 2), help="G, responses to each prompt")
+    add("--prompts-per-step", type=several, help="P, prompts sampled in a step")
+    add("--group-size", type=several, help="G, responses to each prompt")
     add("--max-new-tokens", type=count, help="response limit, in tokens")
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring alike")
     add("--rollout-batch", type=whole, help="rows that a rank samples at the same time (0 = all of them)")
@@ -131,17 +117,17 @@ def flags():
     add("--max-rounds", type=count, default=4, help="rounds of dynamic sampling in a step")
     add("--verifier-workers", type=count, default=2, help="processes that check answers")
     add("--verifier-timeout", type=positive, default=10.0, help="last resort for one answer, in seconds")
-    add("--verifier-memory", type=number(int, 64), default=1024, help="limit of one verifier process, in MiB")
+    add("--verifier-memory", type=number_in(int, "[64, inf)"), default=1024, help="limit of a verifier process, in MiB")
     add = parser.add_argument_group("algorithm (defaults: the preset's)").add_argument
     add("--algo", choices=copo.PRESETS, default="copo", help="preset of all flags in this group")
     add("--blend", choices=copo.BLENDS, help="rule for w, the weight of the local loss")
     add("--gamma", type=real, help="γ, steepness of w in the entropy, per bit")
-    add("--rho", type=number(float, -math.inf, above=True), help="ρ, entropy at which w is one half, in bits")
+    add("--rho", type=number_in(float, "(-inf, inf)"), help="ρ, entropy at which w is one half, in bits")
     add("--advantage", choices=copo.ADVANTAGES, help="local advantage: within the group, the batch, or NGRPO's")
     add("--scale-advantages", action=yes_no, help="divide advantages by their standard deviation")
     add("--global-coef", type=real, help="factor of the global term (0 = disabled)")
     add("--consistency-coef", action=yes_no, help="lower the global reward of groups that disagree")
-    add("--clip-low", type=positive, help="ε below 1")
+    add("--clip-low", type=part, help="ε below 1")
     add("--clip-high", type=positive, help="ε above 1")
     add("--dual-clip", type=real, help="c, bound on the loss where A < 0, above 1 (0 = disabled)")
     add("--aggregation", choices=copo.AGGREGATIONS, help="from token losses to one number")
@@ -182,10 +168,8 @@ def flags():
     add("--export-dtype", choices=DTYPES, help="of exported weights (default: the source's)")
     add("--samples-every", type=whole, default=10, help="steps between entries in samples.txt (0 = disabled)")
     add = parser.add_argument_group("ranks and memory").add_argument
-    add("--timeout", type=positive, default=600.0, help="how long a rank waits for another before it gives up, in "
-                                                         "seconds; rollouts may differ by as much")  # fmt: skip
-    add("--activation-checkpointing", action=yes_no, default=False, help="keep one activation a layer for the backward "
-                                                                          "pass, and make the rest again")  # fmt: skip
+    add("--timeout", type=positive, default=600.0, help="seconds that a rank waits for another before it gives up")
+    add("--activation-checkpointing", action=yes_no, default=False, help="keep one activation a layer, remake the rest")
     add("--cpu-offload", action=yes_no, default=False, help="masters, gradients and optimiser in the host's memory")
     add("--free-sampler", action=yes_no, default=False, help="give the sampling copy's memory back for the updates")
     add("--compile", metavar="BACKEND", help="torch.compile for the layers that are trained, such as inductor")
@@ -241,14 +225,12 @@ def resume_if_begun(typed):
 def resumed_flags(typed):
     """The flags of the run that --resume names; those that its checkpoints depend on may not be given another value."""
     checkpoint, run_dir = typed["resume"], typed.get("run_dir")
-    if checkpoint == "latest":
-        need(run_dir, "--resume latest needs --run-dir, the run to go on with")
-    else:
+    if checkpoint != "latest":
         need((Path(checkpoint) / "state.json").is_file(), f"--resume {checkpoint}: no checkpoint there")
         home = Path(checkpoint).resolve().parent.parent
-        need(run_dir in (None, str(home)) or Path(run_dir).resolve() == home, f"--resume {checkpoint} is of another "
-             f"run than --run-dir {run_dir}")  # fmt: skip
         run_dir = run_dir or str(home)
+        need(Path(run_dir).resolve() == home, f"--resume {checkpoint} is of another run than --run-dir {run_dir}")
+    need(run_dir, "--resume latest needs --run-dir, the run to go on with")
     need((Path(run_dir) / "run.json").is_file(), f"--run-dir {run_dir}: no run there to resume")
     known = json.loads((Path(run_dir) / "run.json").read_text())["flags"]
     for name in FIXED:
@@ -261,11 +243,9 @@ def resumed_flags(typed):
 
 def check_flags(args, typed):
     """Flags against each other; `typed` are those of the command line."""
-    need(args.clip_low <= 1, f"--clip-low is {args.clip_low}; it must be at most 1")
     need(args.dual_clip == 0 or args.dual_clip > 1, f"--dual-clip is {args.dual_clip}; it must be above 1, or 0")
     need(args.data or args.plan, "--model needs --data, a file of problems")
     need(bool(args.problem_field) == bool(args.answer_field), "--problem-field and --answer-field belong together")
-    need((args.data_fraction or 1) <= 1, f"--data-fraction is {args.data_fraction}; it must be at most 1")
     need(args.prompts_per_step % args.minibatch_prompts == 0,
          f"--minibatch-prompts {args.minibatch_prompts} does not divide --prompts-per-step {args.prompts_per_step}")
     need(args.overlong_buffer < 1 or args.overlong_buffer <= args.max_new_tokens,
@@ -453,10 +433,8 @@ def in_turn(run, items, work):
     """evaluation.deal_out, out of which a signal on any rank leads on all, once they have met."""
 
     def until_stopped(share):
-        try:
+        with contextlib.suppress(Interrupted):
             return work(share)
-        except Interrupted:
-            return None
 
     found = deal_out(items, until_stopped)
     run.stop.check()
@@ -500,6 +478,7 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     reference: Transformer = None  # the frozen initial policy, if there is a KL term
     verifier: Verifier = None
+    about: dict = None  # what stands in run.json, on rank 0
     clock: "Clock" = None
     stop: "Stop" = None
     state: State = field(default_factory=State)
@@ -552,28 +531,24 @@ class Totals:
     """Means and maxima in the making: sums and counts are added up over micro-batches, and divided once, at the end."""
 
     def __init__(self):
-        self.sums, self.peaks = {}, {}  # name -> (sum, count) float64; name -> the largest value so far
+        self.sums = {}  # name -> (sum, count) float64; of a name that ends in _max: (largest value, 1)
 
     def add(self, name, total, count=1):
         pair = [torch.as_tensor(x, dtype=torch.float64, device=total.device) for x in (total.detach(), count)]
-        self.sums[name] = self.sums.get(name, 0) + torch.stack(pair)
-
-    def peak(self, name, value):
-        self.peaks[name] = max(self.peaks.get(name, 0.0), float(value))
+        pair, join = torch.stack(pair), torch.maximum if name.endswith("_max") else torch.add
+        self.sums[name] = join(self.sums.get(name, torch.zeros_like(pair)), pair)
 
     def reduced(self):
         """The totals of all ranks together."""
         everyone = Totals()
-        for sums, peaks in gather(({name: pair.cpu() for name, pair in self.sums.items()}, self.peaks)):
+        for sums in gather({name: pair.cpu() for name, pair in self.sums.items()}):
             for name, pair in sums.items():
-                everyone.sums[name] = everyone.sums.get(name, 0) + pair
-            for name, value in peaks.items():
-                everyone.peak(name, value)
+                everyone.add(name, *pair)
         return everyone
 
     def means(self):
         pairs = {name: pair.tolist() for name, pair in self.sums.items()}
-        return {name: total / count for name, (total, count) in pairs.items() if count > 0} | self.peaks
+        return {name: total / count for name, (total, count) in pairs.items() if count > 0}
 
 
 class Clock:
@@ -648,8 +623,8 @@ def token_bar(run, label):
 
 def sample_groups(run, pairs, watch):
     """Samples and verifies one group for each (data index, noise key) pair -> Batch, the same on every rank."""
-    parts, order = in_turn(run, pairs, lambda share: sample_share(run, share, watch) if share else None)
-    return functools.reduce(Batch.join, [part for part in parts if part is not None]).select(order)
+    parts, order = in_turn(run, pairs, lambda share: sample_share(run, share, watch))
+    return functools.reduce(Batch.join, parts).select(order)
 
 
 def sample_share(run, pairs, watch):
@@ -663,10 +638,7 @@ def sample_share(run, pairs, watch):
             clock=run.clock, max_rows=args.rollout_batch, max_memory=int(args.rollout_memory * 2**30),
         )  # fmt: skip
     with run.clock("verify"):
-        replies = [row[:length] for row, length in zip(samples.tokens.tolist(), samples.lengths.tolist())]
-        texts = run.tokenizer.batch_decode(replies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        texts = [texts[i : i + args.group_size] for i in range(0, len(texts), args.group_size)]
-        groups = run.verifier.check(texts, [p.answer for p in asked], [p.require_value for p in asked])
+        texts, groups = evaluation.check_samples(run.tokenizer, run.verifier, samples, asked)
     verdicts, classes, answers, timed_out = zip(*groups)
     samples = [part.unflatten(0, (len(pairs), args.group_size)) for part in samples]
     return Batch(indices, prompts, *samples, *map(torch.tensor, (verdicts, classes, timed_out)), texts, list(answers))
@@ -834,7 +806,7 @@ def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=
         if old_logprobs is None or args.old_logprobs == "recompute":
             # Sampling and scoring are to agree up to rounding; where they do not, the sampler is not the policy.
             difference = torch.where(mask, old - sampled[part, :width].to(old), 0.0).abs().double()
-            totals.peak("sampler_difference_max", difference.max() if width else 0.0)
+            totals.add("sampler_difference_max", difference.max() if width else difference.sum())
             metrics["sampler_difference"] = difference.sum(), mask.sum()
         metrics |= {f"{name}_{suffix}": metrics[name] for name in list(metrics) if "clip" in name for suffix in place}
         for name, (total, count) in metrics.items():
@@ -859,7 +831,7 @@ def finish_update(run, loss, rate, totals):
         run.optimizer.step()
         totals.add("loss", loss)
         totals.add("grad_norm", norm)
-        totals.peak("grad_norm_max", norm)
+        totals.add("grad_norm_max", norm)
     run.optimizer.zero_grad(set_to_none=True)
     state.updates += 1
     state.skipped_updates += not made
@@ -922,17 +894,14 @@ def warm_start(run):
 def step_metrics(run, batch, signals, totals):
     """The step's line in metrics.jsonl (README explains each name); everything is over the whole step."""
     correct, wrong, lengths = batch.correct, ~batch.correct, batch.lengths.double()
-    shares = {
-        "all_wrong": wrong.all(dim=1), "all_right": correct.all(dim=1), "mixed": copo.is_mixed(correct),
-        "zero_gradient_groups": signals.effective.abs().amax(dim=1) < 1e-9,
-        "finished": batch.finished, "no_answer": batch.classes == -1, "accuracy": correct,
-    }  # fmt: skip
     means = {
         "reward": signals.rewards, "consistency_entropy": signals.entropy, "local_weight": signals.weight,
-        "length_mean": lengths,
+        "length_mean": lengths, "all_wrong": wrong.all(dim=1), "all_right": correct.all(dim=1),
+        "mixed": copo.is_mixed(correct), "zero_gradient_groups": signals.effective.abs().amax(dim=1) < 1e-9,
+        "finished": batch.finished, "no_answer": batch.classes == -1, "accuracy": correct,
     }  # fmt: skip
     metrics = {"step": run.state.step, "loss": None, "grad_norm": None}  # None stays where there was no update
-    metrics |= {name: value.double().mean().item() for name, value in (means | shares).items()}
+    metrics |= {name: value.double().mean().item() for name, value in means.items()}
     metrics |= {"length_max": lengths.max().item(), "lr": run.optimizer.param_groups[0]["lr"]}
     metrics["wrong_pushed_up"] = (((signals.effective > 0) & wrong).sum() / wrong.sum().clamp(min=1)).item()
     metrics |= totals.means()
@@ -945,8 +914,8 @@ def step_metrics(run, batch, signals, totals):
 def speed_metrics(clock, tokens_prefilled, tokens_sampled, tokens_trained):
     """Seconds by phase, tokens per second, peak memory: what a resumed run need not repeat."""
     metrics = clock.report()
-    tokens = {"prefill": tokens_prefilled, "decode": tokens_sampled, "verify": tokens_sampled}
-    tokens |= dict.fromkeys(("logprobs", "forward", "backward"), tokens_trained)
+    tokens = {"prefill": tokens_prefilled, "decode": tokens_sampled, "verify": tokens_sampled,
+              "logprobs": tokens_trained, "forward": tokens_trained, "backward": tokens_trained}  # fmt: skip
     for phase, count in tokens.items():
         if count and metrics.get(f"seconds_{phase}"):
             metrics[f"tokens_per_second_{phase}"] = count / metrics[f"seconds_{phase}"]
@@ -996,8 +965,7 @@ def sample_table(run, batch, signals):
 
 def console_line(m, steps):
     """One step for a person to read."""
-    names = ("evaluate", "prefill", "decode", "verify", "logprobs", "forward", "backward", "optimizer", "save", "other")
-    phases = {name: m.get(f"seconds_{name}", 0) for name in names}
+    phases = {name.removeprefix("seconds_"): m[name] for name in m if name.startswith("seconds_")}
     phases = " ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
     return (
         f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  wrong/mixed/right "
@@ -1235,18 +1203,17 @@ def evaluate(run):
     if not run.held_out or state.step in made or not due(state.step, args.eval_every, args.steps):
         return
     with run.clock("evaluate"), token_bar(run, "evaluation") as watch:
-        verdicts, classes, lengths, finished, *_ = evaluation.merge(*in_turn(
-            run, run.held_out, lambda share: evaluation.evaluate(
-                run.sampler, run.tokenizer, share, run.verifier, k=args.eval_samples, seed=args.eval_seed,
-                max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature, stop_ids=run.stop_ids,
-                system=args.system, instruction=args.instruction, max_rows=args.rollout_batch, on_tokens=watch,
-                max_memory=int(args.rollout_memory * 2**30),
-            )))  # fmt: skip
-    means, votes = evaluation.mean_at_k(verdicts), evaluation.maj_at_k(verdicts, classes)
+        found = evaluation.merge(*in_turn(run, run.held_out, lambda share: evaluation.evaluate(
+            run.sampler, run.tokenizer, share, run.verifier, k=args.eval_samples, seed=args.eval_seed,
+            max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature, stop_ids=run.stop_ids,
+            system=args.system, instruction=args.instruction, max_rows=args.rollout_batch, on_tokens=watch,
+            max_memory=int(args.rollout_memory * 2**30),
+        )))  # fmt: skip
+    means, votes = evaluation.mean_at_k(found.verdicts), evaluation.maj_at_k(found.verdicts, found.classes)
     line = {
         "step": state.step, "k": args.eval_samples, "mean": float(means.mean()), "maj": float(votes.mean()),
-        "equal_groups": float(np.isin(means, (0, 1)).mean()), "length_mean": float(lengths.mean()),
-        "finished": float(finished.mean()), "no_answer": float((classes == -1).mean()),
+        "equal_groups": float(np.isin(means, (0, 1)).mean()), "length_mean": float(found.lengths.mean()),
+        "finished": float(found.finished.mean()), "no_answer": float((found.classes == -1).mean()),
         "tokens": state.tokens, "responses": state.responses, "seconds": run.clock.seconds["evaluate"],
         "per_problem": means.tolist(), "per_problem_maj": votes.tolist(),
     }  # fmt: skip
@@ -1300,39 +1267,34 @@ def record_run(run):
     """run.json: every flag, versions, commit. On resume it says which flags differ from before, and notes them."""
     if rank() != 0:
         return
-    path, now = run.directory / "run.json", dict(sorted(vars(run.args).items()))
+    flags = dict(sorted(vars(run.args).items()))
     if run.args.resume:
-        about = json.loads(path.read_text())
-        changed = {name: [about["flags"].get(name), value] for name, value in now.items()
-                   if name not in NOT_THE_RUN and about["flags"].get(name) != value}  # fmt: skip
+        run.about = json.loads((run.directory / "run.json").read_text())
+        before = run.about["flags"]
+        changed = {name: [before.get(name), value] for name, value in flags.items()
+                   if name not in NOT_THE_RUN and before.get(name) != value}  # fmt: skip
         for name, (old, new) in changed.items():
             say(f"WARNING {flag(name)} was {old} and is now {new}: from here on this is another run")
-        about.setdefault("resumed", []).append({"step": run.state.step, "changed": changed})
-        about.pop("ended", None)
+        run.about.setdefault("resumed", []).append({"step": run.state.step, "changed": changed})
+        run.about.pop("ended", None)
     else:
         git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         packages = ("torch", "transformers", "safetensors", "numpy", "tqdm", "sympy")
-        about = {
+        run.about = {
             "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "command": sys.argv, "commit": git.stdout.strip() or None,
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "python": platform.python_version(), "host": platform.platform(), "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in run.model.parameters()),
         }  # fmt: skip
-    write_about(path, about | {"flags": now})
+    write_about(run, flags=flags)
 
 
-def write_about(path, about):
-    temporary = path.with_suffix(".tmp")  # never seen half-written
-    temporary.write_text(json.dumps(about, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def record_ending(run, how, why):
-    """The last word of run.json, of a run that was not killed: "finished", "stopped" or "failed", when, and why."""
-    if rank() == 0:
-        path, ended = run.directory / "run.json", {"how": how, "step": run.state.step, "why": why}
-        with contextlib.suppress(OSError):  # such as a full disk, of which the run may have failed
-            write_about(path, json.loads(path.read_text()) | {"ended": ended})
+def write_about(run, **news):
+    """Adds to run.json, which is never seen half-written."""
+    run.about |= news
+    temporary = run.directory / "run.tmp"
+    temporary.write_text(json.dumps(run.about, indent=1) + "\n")
+    os.replace(temporary, run.directory / "run.json")
 
 
 def start(run):
@@ -1411,9 +1373,7 @@ def main(argv=None):
         run = together(lambda: prepare(args))
         together(lambda: claim(run))
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        evaluation.refuse("train.py", error)
     run.clock, run.stop = Clock(args.device), Stop()
     run.verifier = Verifier(args.verifier_workers, timeout=args.verifier_timeout, memory_mb=args.verifier_memory)
     go_on = f"--run-dir {run.directory} --resume latest"
@@ -1431,18 +1391,18 @@ def main(argv=None):
         print(f"train.py: stopped at once; {go_on} goes back to the last checkpoint", file=sys.stderr)
         ending, how = 130, "stopped"
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if isinstance(error, OSError) or "not finite" in str(error):
-            text = " ".join(str(error).split())
-            ending = f"after step {run.state.step}: {text}; {go_on} goes back to the last checkpoint"
+        said = " ".join(str(error).split())
+        why = f"{type(error).__name__}: {said}"
+        if isinstance(error, OSError) or "not finite" in said:
+            ending = f"train.py: after step {run.state.step}: {said}; {go_on} goes back to the last checkpoint"
         elif world() == 1:
             raise
         else:
-            ending = f"rank {rank()}: {traceback.format_exc()}"
-        ending = f"train.py: {ending}"
+            ending = f"train.py: rank {rank()}: {traceback.format_exc()}"
     finally:
-        if how:
-            record_ending(run, how, why)
+        if how and run.about:
+            with contextlib.suppress(OSError):  # such as a full disk, of which the run may have failed
+                write_about(run, ended={"how": how, "step": run.state.step, "why": why})
         run.verifier.close()
         run.stop.restore()
     if ending and world() > 1:
@@ -1450,8 +1410,6 @@ def main(argv=None):
         print(ending, file=sys.stderr, flush=True)
         os._exit(1)
     leave_ranks()
-    if dist.is_initialized():
-        dist.destroy_process_group()
     if ending:
         raise SystemExit(ending)
 

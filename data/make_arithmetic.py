@@ -98,20 +98,24 @@ def make(counts, rng, taken, held_out):
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def write(task, description, make_all):
+    """The command line of a script of this folder: TASK_train.jsonl and TASK_test.jsonl, of make_all(rng) -> both."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="directory to write to")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng, taken = random.Random(args.seed), set()
-    test = make(TEST_EXPRESSIONS, rng, taken, held_out=True)
-    train = make(TRAIN_EXPRESSIONS, rng, taken, held_out=False)
-    for name, rows in (("train", train), ("test", test)):
-        path = os.path.join(args.out, f"arithmetic_{name}.jsonl")
+    for name, rows in zip(("train", "test"), make_all(random.Random(args.seed))):
+        path = os.path.join(args.out, f"{task}_{name}.jsonl")
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         print(f"{path}: {len(rows)} problems")
 
 
+def make_all(rng):
+    taken = set()
+    test = make(TEST_EXPRESSIONS, rng, taken, held_out=True)
+    return make(TRAIN_EXPRESSIONS, rng, taken, held_out=False), test
+
+
 if __name__ == "__main__":
-    main()
+    write("arithmetic", __doc__.splitlines()[0], make_all)

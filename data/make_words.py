@@ -7,10 +7,7 @@ enough for a model of 135 million parameters, which is right on one in eight wit
 the stories' patterns and the pairs of numbers with the training problems, but no problem text.
 """
 
-import argparse
-import json
-import os
-import random
+from make_arithmetic import write
 
 NAMES = ["Anna", "Ben", "Chloe", "David", "Emma", "Hugo", "Iris", "Jonas", "Lena", "Maria", "Noah", "Sam", "Tara"]
 THINGS = ["apples", "marbles", "stickers", "books", "coins", "pencils", "cookies", "shells", "cards", "balloons"]
@@ -38,22 +35,14 @@ def problem(rng):
     return {"problem": text, "answer": str(answer), "operation": operation, "require_value": True}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="directory to write to")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng, seen = random.Random(args.seed), {}
+def make_all(rng):
+    seen = {}
     while len(seen) < 1100:
         row = problem(rng)
         seen.setdefault(row["problem"], row)
     rows = list(seen.values())
-    for name, part in (("test", rows[:100]), ("train", rows[100:])):
-        path = os.path.join(args.out, f"words_{name}.jsonl")
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in part)
-        print(f"{path}: {len(part)} problems")
+    return rows[100:], rows[:100]
 
 
 if __name__ == "__main__":
-    main()
+    write("words", __doc__.splitlines()[0], make_all)

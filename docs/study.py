@@ -31,10 +31,15 @@ import time
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean as mean
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import make_arithmetic  # noqa: E402
+
+from eval import compare, figure_text, read_lines  # noqa: E402
+
 RECORD = ROOT / "docs/study/results.json"
 
 # (level, question) of data/make_arithmetic.py -> its share of a mix, in percent. Level 6 is level 3 with three more
@@ -57,7 +62,7 @@ SIZES = (f"--steps {STEPS} --model warm/model --max-prompt-tokens 64 --max-new-t
          "--prompts-per-step 40 --group-size 6 --minibatch-prompts 10 --rollout-batch 0 --lr 2e-4 "
          "--beta2 0.95")  # fmt: skip
 REAL = ("--model MODEL --max-prompt-tokens 128 --max-new-tokens 28 --prompts-per-step 8 --group-size 8 --steps 8 "
-        "--minibatch-prompts 8 --lr 2e-5 --eval-every 4 --eval-problems 50 --micro-tokens 2048")  # fmt: skip
+        "--minibatch-prompts 8 --lr 2e-5 --eval-problems 50 --micro-tokens 2048")  # fmt: skip
 TRAIN, HELD_OUT = 1000, 100  # problems of a mix
 COLUMNS = ("step", "tokens", "seconds", "mixed", "all_wrong", "zero_gradient_groups", "wrong_pushed_up", "loss",
            "prompts_trained", "prompts_drawn")  # fmt: skip
@@ -72,43 +77,40 @@ class Cell(NamedTuple):
 def cells():
     """Every cell, in the order in which it is made: what there is no time for is missing at the end."""
 
-    def on(mix, configurations, seed):
+    def several(folder, seed, configurations, data, sizes):
+        data = f"--data {data}_train.jsonl --eval-data {data}_test.jsonl"
         for name, flags in configurations.items():
-            data = f"--data ../data/{mix}_train.jsonl --eval-data ../data/{mix}_test.jsonl"
             every = 1 if name == "dapo" else EVERY  # one of its own steps may be worth four of the others
-            yield f"{name}-{seed}", f"{flags} {data} {SIZES} --eval-every {every}"
+            yield Cell(f"{folder}/{name}-{seed}", seed, f"{flags} {data} {sizes} --eval-every {every}")
 
     def main(seed):
         yield Cell(f"warm-{seed}", seed, WARM)
         for mix in MIXES:
-            yield from (Cell(f"{mix}/{name}", seed, flags) for name, flags in on(mix, CONFIGURATIONS, seed))
+            yield from several(mix, seed, CONFIGURATIONS, f"../data/{mix}", SIZES)
 
     def grid(seed):
-        yield from (Cell(f"grid/{name}", seed, flags) for name, flags in on("even", GRID, seed))
+        return several("grid", seed, GRID, "../data/even", SIZES)
 
     def real(seed):
-        data = f"--data {ROOT}/data/words_train.jsonl --eval-data {ROOT}/data/words_test.jsonl"
-        for name in ("copo", "soft-zero-group", "grpo"):
-            yield Cell(f"smollm2/{name}-{seed}", seed, f"{CONFIGURATIONS[name]} {data} {REAL}")
+        some = {name: CONFIGURATIONS[name] for name in ("copo", "soft-zero-group", "grpo")}
+        return several("smollm2", seed, some, f"{ROOT}/data/words", REAL)
 
     parts = [main(0), main(1), main(2), real(0), grid(0), main(3), main(4), grid(1), real(1)]
     return [cell for part in parts for cell in part]
 
 
-def longer(row, rng, largest):
-    """A problem of level 3 with three more terms, its values within 0 .. largest like all others'."""
+def longer(row, rng):
+    """A problem of level 3 with three more terms, its values within the bounds of all others."""
     text, value = row["problem"], int(row["answer"])
     for _ in range(3):
         term = rng.randint(1, 9)
-        sign = rng.choice([sign for sign in (1, -1) if 0 <= value + sign * term <= largest])
+        sign = rng.choice([sign for sign in (1, -1) if 0 <= value + sign * term <= make_arithmetic.LARGEST])
         text, value = f"{text}{'+-'[sign < 0]}{term}", value + sign * term
     return {"problem": text, "answer": str(value), "level": 6, "require_value": True}
 
 
 def make_mixes(folder):
     """Writes MIX_train.jsonl, of built-in training problems, and MIX_test.jsonl, of expressions not among them."""
-    import make_arithmetic
-
     rng = random.Random(1)
     folder.mkdir(parents=True)
     built_in = [json.loads(line) for line in (ROOT / "data/arithmetic_train.jsonl").read_text().splitlines()]
@@ -116,7 +118,7 @@ def make_mixes(folder):
     fresh = make_arithmetic.make({3: 600}, rng, taken, held_out=True)
     for mix, shares in MIXES.items():
         for name, rows, size in (("train", built_in, TRAIN), ("test", fresh, HELD_OUT)):
-            rows, chosen = rows + [longer(row, rng, make_arithmetic.LARGEST) for row in rows if row["level"] == 3], []
+            rows, chosen = rows + [longer(row, rng) for row in rows if row["level"] == 3], []
             for kind, percent in shares.items():
                 chosen += [r for r in rows if (r["level"], r["problem"].split()[0]) == kind][: size * percent // 100]
             rng.shuffle(chosen)
@@ -124,12 +126,6 @@ def make_mixes(folder):
 
 
 # --------------------------------------------------------------------------------------------------------- the record
-
-
-def read_lines(path):
-    """The finished lines of a run's file, which need not exist yet."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def collect(run, every):
@@ -240,8 +236,7 @@ def finish(cell, run, again):
     if "warm-" in cell.name:
         return "ready"
     record, new = load_record(), collect(run, EVERY)
-    means = [sum(line["right"]) / line["k"] / len(line["right"]) for line in new["held_out"]]
-    said = " ".join(f"{mean:.1%}" for mean in means)
+    said = " ".join(f"{mean(line['right']) / line['k']:.1%}" for line in new["held_out"])
     for folder in ("checkpoints", "model"):
         shutil.rmtree(run / folder, ignore_errors=True)
     if again and cell.name in record:
@@ -260,8 +255,6 @@ MEAN, AREA, PUSHED = "mean@4, last step", "mean@4, area under the curve", "wrong
 
 def compared(found, folder):
     """{mix: {(figure, configuration): its row in the report of eval.py --compare}}; what that prints goes to docs."""
-    import eval as evaluation
-
     unpack(found, folder)
     made = {}
     for mix in dict.fromkeys(name.split("/")[0] for name in found):
@@ -273,7 +266,7 @@ def compared(found, folder):
         flags += ["--plot", str(RECORD.with_name(f"{mix}.png"))] if find_spec("matplotlib") and mix in MIXES else []
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             flags += ["--json", str(folder / "json")]
-            evaluation.compare(["--compare", *(str(folder / name) for name in runs), *flags])
+            compare(["--compare", *(str(folder / name) for name in runs), *flags])
         RECORD.with_name(f"{mix}.txt").write_text(printed.getvalue())
         report = json.loads((folder / "json").read_text())
         names = {name: Path(same[0]["path"]).name[:-2] for name, same in report["runs"].items()}
@@ -296,17 +289,8 @@ def tables(found, made):
         lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
         parts.append("\n".join([f"{title}\n", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n")
 
-    def text(row, sign=""):  # with a star where the interval of a difference excludes 0
-        low, high = row["interval"] if row else (0, 0)
-        star = " *" * bool(sign and low * high > 0)
-        return f"{row['mean']:{sign}.1%} [{low:{sign}.1%}, {high:{sign}.1%}]{star}" if row else ""
-
     def of(mix, name):
         return [cell for key, cell in found.items() if key.rsplit("-", 1)[0] == f"{mix}/{name}"]
-
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values)
 
     def accuracy(cell, i):
         return mean(cell["held_out"][i]["right"]) / cell["held_out"][i]["k"]
@@ -325,8 +309,8 @@ def tables(found, made):
             if of(mix, name):
                 last, area, pushed = (made[mix][figure, name] for figure in (MEAN, AREA, PUSHED))
                 living = f"{mean(mean(alive(c)) for c in of(mix, name)):.1%}"
-                rows.append([name, len(last["runs"]), text(last), text(last["difference"], "+"), text(area),
-                             text(area["difference"], "+"), living, f"{pushed['mean']:.1%}"])  # fmt: skip
+                rows.append([name, len(last["runs"]), figure_text(last), figure_text(last, "+"), figure_text(area),
+                             figure_text(area, "+"), living, f"{pushed['mean']:.1%}"])  # fmt: skip
         table(f"{mix}, {STEPS} steps", ["configuration", "seeds", "mean@4, last step", "minus grpo",
               "area under the curve", "minus grpo", "groups with a gradient", "wrong pushed up"], *rows)  # fmt: skip
     rows = []
@@ -342,19 +326,16 @@ def tables(found, made):
 
 def draw(found, made):
     """One picture: who gets a gradient, and what becomes of it."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1, 1.6], layout="tight")
+    figure = Figure(figsize=(10, 4), layout="tight")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
     mixes = [mix for mix in MIXES if mix in made]
     names = [name for name in CONFIGURATIONS if name != "grpo" and any((AREA, name) in made[mix] for mix in mixes)]
     for i, mix in enumerate(mixes):
         for j, name in enumerate(("grpo", "copo")):
-            first = [alive(cell)[0] for key, cell in found.items() if key.startswith(f"{mix}/{name}-")]
-            label = name if i == 0 else None
-            left.bar(i + 0.4 * j - 0.2, sum(first) / len(first), 0.38, color=("0.6", "C0")[j], label=label)
+            first = mean(alive(cell)[0] for key, cell in found.items() if key.startswith(f"{mix}/{name}-"))
+            left.bar(i + 0.4 * j - 0.2, first, 0.38, color=("0.6", "C0")[j], label=None if i else name)
         rows = [(j, made[mix].get((MEAN, name))) for j, name in enumerate(names)]
         rows = [(j, row["difference"]) for j, row in rows if row and row["difference"]]
         for j, row in rows:
@@ -363,10 +344,9 @@ def draw(found, made):
             right.plot(100 * row["mean"], place, "o", color=f"C{i}", ms=4, label=mix if j == rows[0][0] else None)
     left.set(xticks=range(len(mixes)), xticklabels=mixes, ylim=(0, 1), title="groups with a gradient, step 1")
     right.axvline(0, color="0.6", lw=0.8)
-    right.set(yticks=range(len(names)), yticklabels=names,
+    right.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5),
               title=f"held-out accuracy after {STEPS} steps, minus grpo",
-              ylim=(len(names) - 0.5, -0.5))
-    right.set(xlabel="points, 95 % interval over seeds, then problems")
+              xlabel="points, 95 % interval over seeds, then problems")  # fmt: skip
     left.legend(frameon=False)
     right.legend(frameon=False, title="mix")
     figure.savefig(RECORD.with_name("study.png"), dpi=110)

@@ -352,7 +352,7 @@ REFUSALS = {
     "malformed data": ({"data": "BAD"}, ":2:"),
     "half of two names": ({"problem_field": "problem"}, "belong together"),
     "no such field": ({"problem_field": "problem", "answer_field": "gold"}, ':1: the field "gold" is missing'),
-    "more than all the data": ({"data_fraction": 1.5}, "--data-fraction is 1.5"),
+    "more than all the data": ({"data_fraction": 1.5}, "--data-fraction: 1.5 is not in (0, 1]"),
     "too small a part": ({"data_fraction": 0.1}, "2 usable"),
     "parquet that is none": ({"data": "no.parquet"}, "no.parquet"),
     "no such place": ({"eval_data": "hf://datasets/x.jsonl"}, "hf://datasets/OWNER/NAME/FILE"),

@@ -203,10 +203,10 @@ def test_empty_micro_batches_fill_up_the_shorter_ranks(monkeypatch):
 def test_totals_of_ranks_are_sums_and_maxima(monkeypatch):
     ours = train.Totals()
     ours.add("x", torch.tensor(3.0), 2)
-    ours.peak("y", 1.0)
-    theirs = ({"x": torch.tensor([5.0, 2.0], dtype=torch.float64), "z": torch.tensor([1.0, 1.0])}, {"y": 4.0})
+    ours.add("y_max", torch.tensor(1.0))
+    theirs = {"x": torch.tensor([5.0, 2.0]), "z": torch.tensor([1.0, 1.0]), "y_max": torch.tensor([4.0, 1.0])}
     monkeypatch.setattr(train, "gather", lambda value: [value, theirs])
-    assert ours.reduced().means() == {"x": 2.0, "z": 1.0, "y": 4.0}
+    assert ours.reduced().means() == {"x": 2.0, "z": 1.0, "y_max": 4.0}
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
