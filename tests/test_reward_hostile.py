@@ -22,7 +22,7 @@ def nested(left: str, right: str, depth: int, core: str = "1") -> str:
     return left * depth + core + right * depth
 
 
-MARKER = "/tmp/reward-hostile-marker"
+MARKER = f"/tmp/reward-hostile-marker-{os.getpid()}"  # its own: the suite runs in several processes
 TOUCH = f"open('{MARKER}','w').close()"
 SYSTEM = f"__import__('os').system('touch {MARKER}')"
 
