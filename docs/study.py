@@ -91,11 +91,16 @@ def cells():
     def grid(seed):
         return several("grid", seed, GRID, "../data/even", SIZES)
 
+    some = {name: CONFIGURATIONS[name] for name in ("copo", "soft-zero-group", "grpo")}
+
+    def single(seed):  # one update a step, as in the demonstration, over twice as many steps
+        return several("single", seed, some, "../data/even", f"{SIZES} --minibatch-prompts 40 --steps {2 * STEPS}")
+
     def real(seed):
-        some = {name: CONFIGURATIONS[name] for name in ("copo", "soft-zero-group", "grpo")}
         return several("smollm2", seed, some, f"{ROOT}/data/words", REAL)
 
-    parts = [main(0), main(1), main(2), real(0), grid(0), main(3), main(4), grid(1), real(1)]
+    parts = [main(0), main(1), main(2), real(0), grid(0), main(3), main(4), single(0), single(1), single(2), grid(1),
+             real(1)]  # fmt: skip
     return [cell for part in parts for cell in part]
 
 
@@ -303,16 +308,16 @@ def tables(found, made):
         rows.append([mix, *(f"{x:.1%}" for x in (wrong, mixed, right, before))])
     table("Mixes: groups at step 1, held-out mean@4 before it",
           ["mix", "all wrong", "mixed", "all right", "mean@4"], *rows)  # fmt: skip
-    for mix in mixes:
-        rows = []
-        for name in CONFIGURATIONS:
-            if of(mix, name):
+    for mix in [*mixes, *(mix for mix in ("single", "grid") if mix in made)]:
+        rows, base, steps = [], "copo" if mix == "grid" else "grpo", STEPS * (1 + (mix == "single"))
+        for name in [*CONFIGURATIONS, *GRID]:
+            if (MEAN, name) in made[mix]:
                 last, area, pushed = (made[mix][figure, name] for figure in (MEAN, AREA, PUSHED))
-                living = f"{mean(mean(alive(c)) for c in of(mix, name)):.1%}"
+                living = f"{mean(mean(alive(cell)) for cell in of(mix, name) or of('even', name)):.1%}"
                 rows.append([name, len(last["runs"]), figure_text(last), figure_text(last, "+"), figure_text(area),
                              figure_text(area, "+"), living, f"{pushed['mean']:.1%}"])  # fmt: skip
-        table(f"{mix}, {STEPS} steps", ["configuration", "seeds", "mean@4, last step", "minus grpo",
-              "area under the curve", "minus grpo", "groups with a gradient", "wrong pushed up"], *rows)  # fmt: skip
+        table(f"{mix}, {steps} steps", ["configuration", "seeds", "mean@4, last step", f"minus {base}",
+              "area under the curve", f"minus {base}", "groups with a gradient", "wrong pushed up"], *rows)  # fmt: skip
     rows = []
     for mix in mixes:
         shares = [[mean(step) for step in zip(*map(alive, of(mix, name)))] for name in ("grpo", "copo")]
@@ -321,6 +326,12 @@ def tables(found, made):
         for step, grpo, copo, ratio in [steps[0], *steps[EVERY - 1 :: EVERY], (f"{lowest[0]} (lowest)", *lowest[1:])]:
             rows.append([mix, step, f"{grpo:.1%}", f"{copo:.1%}", f"{ratio:.2f}"])
     table("Share of the groups that give a gradient", ["mix", "step", "grpo", "copo", "ratio"], *rows)
+    if real := {name: cell for name, cell in found.items() if name.startswith("smollm2/")}:
+        steps = [line["step"] for line in next(iter(real.values()))["held_out"]]
+        rows = [[name.removeprefix("smollm2/"), *(f"{accuracy(cell, i):.1%}" for i in range(len(steps))),
+                 f"{mean(alive(cell)):.1%}"] for name, cell in real.items()]  # fmt: skip
+        table("SmolLM2-135M, held-out mean@4 of each run", ["run", *(f"after step {step}" for step in steps),
+              "groups with a gradient"], *rows)  # fmt: skip
     return "\n".join(parts)
 
 
