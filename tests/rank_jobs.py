@@ -1,4 +1,5 @@
-"""What test_train_ranks.py has several ranks do besides whole runs: python (or torchrun) rank_jobs.py JOB FILE FLAGS…
+"""What test_train_ranks.py has several ranks do besides whole runs: work(JOB, FILE, FLAGS), or, where it matters that
+torchrun started them, torchrun rank_jobs.py JOB FILE FLAGS…
 
 updates: one step's updates with every blend and with several token budgets, from the same weights; gradients, metrics.
 steps:   each step of another run again, from its checkpoint and with its responses (in FILE); the losses.
@@ -123,7 +124,11 @@ def ending(argv, _):
     train.main(argv)
 
 
-if __name__ == "__main__":
+def work(name, file, argv):
     train.Verifier = tiny_runs.Judge
-    globals()[sys.argv[1]](sys.argv[3:], Path(sys.argv[2]))
+    globals()[name](argv, Path(file))
     train.leave_ranks()
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2], sys.argv[3:])

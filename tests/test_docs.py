@@ -9,6 +9,7 @@ layers, so what they print is not compared.
 """
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -115,6 +116,7 @@ def copy(tmp_path_factory):
     return place
 
 
+@functools.cache  # a command that stands in two documents is run once
 def run(copy, command):
     environment = os.environ | {"PATH": f"{copy.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(

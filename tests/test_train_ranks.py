@@ -1,4 +1,5 @@
-"""Several ranks under torchrun give the numbers of one process.
+"""Several ranks give the numbers of one process: under torchrun where its own part matters, else forked and as it
+would start them, which saves each of them five seconds of imports.
 
 Guards against: gradients averaged over ranks; counts, advantages or metrics of one rank only; prompts or held-out
 problems that change their noise with the rank that samples them; ranks with fewer sequences than others that leave
@@ -40,13 +41,19 @@ def launch(ranks, argv, script=train.__file__, options=()):
 def torchrun(ranks, argv, script=train.__file__, code=0, options=()):
     """A run on several processes; what it printed."""
     process = launch(ranks, argv, script, options)
-    output, errors = process.communicate(timeout=180)
+    output, errors = process.communicate(timeout=tiny_runs.PATIENCE)
     assert process.returncode == code, errors[-3000:]
     return output + errors
 
 
-def job(ranks, name, file, argv, **more):
-    return torchrun(ranks, [name, file, *argv], rank_jobs.__file__, **more)
+def forked(runs, ranks, function, *args, **more):
+    """The same on ranks that start at once."""
+    runs.count += 1
+    return tiny_runs.on_ranks(ranks, runs.folder / f"log{runs.count}", function, *args, **more)
+
+
+def job(runs, ranks, name, file, argv):
+    return forked(runs, ranks, rank_jobs.work, name, file, argv)
 
 
 def assert_same(ours, theirs):
@@ -90,9 +97,10 @@ def assert_same_groups(one, other):
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_several_ranks_give_the_run_of_one(runs, alone, ranks):
-    """Ten steps in float64: the same responses and rewards, metrics and weights to 1e-9."""
+    """Ten steps in float64: the same responses and rewards, metrics and weights to 1e-9. Two are torchrun's own."""
     directory = runs.directory()
-    output = torchrun(ranks, runs.argv(FLAGS, run_dir=directory))
+    argv = runs.argv(FLAGS, run_dir=directory)
+    output = torchrun(2, argv) if ranks == 2 else forked(runs, ranks, train.main, argv)
     assert output.count("held-out mean@2") == 1  # one rank speaks
     assert_same_run(alone, directory)
     assert any(line["mixed"] > 0 for line in tiny_runs.metrics(alone))  # there was something to learn
@@ -101,10 +109,10 @@ def test_several_ranks_give_the_run_of_one(runs, alone, ranks):
 def test_a_run_goes_from_one_rank_to_two_to_four_and_back(runs, alone):
     directory = runs.directory()
     train.main(runs.argv(FLAGS, run_dir=directory, steps=2))
-    on = ["--run-dir", directory, "--resume", "latest", "--steps"]
-    torchrun(2, [*on, 4])
-    torchrun(4, [*on, 8])
-    train.main([*map(str, on), "10"])
+    on = ["--run-dir", str(directory), "--resume", "latest", "--steps"]
+    forked(runs, 2, train.main, [*on, "4"])
+    forked(runs, 4, train.main, [*on, "8"])
+    train.main([*on, "10"])
     # The parts were evaluated where they ended, besides every fourth step.
     assert_same(tiny_runs.metrics(alone), tiny_runs.metrics(directory))
     assert_same_groups(alone, directory)
@@ -116,7 +124,7 @@ def test_gradients_do_not_depend_on_ranks_or_budgets(runs):
     flags = {**FLAGS, "max_grad_norm": 0.0}
     files = {ranks: runs.folder / f"updates{ranks}.pt" for ranks in (1, 2, 4)}
     for ranks, file in files.items():
-        job(ranks, "updates", file, runs.argv(flags, run_dir=runs.directory()))
+        job(runs, ranks, "updates", file, runs.argv(flags, run_dir=runs.directory()))
     found = {ranks: torch.load(file) for ranks, file in files.items()}
     one = found[1]
     assert len({*one.pop("lengths").flatten().tolist()}) > 2
@@ -148,7 +156,7 @@ def test_float32_steps_agree_from_the_same_start(runs, monkeypatch):
     directory, file = runs.new(**flags), runs.folder / "steps.pt"
     checkpoints = [None, *sorted((directory / "checkpoints").glob("step-*"))[:9]]
     torch.save((batches, checkpoints), file)
-    job(2, "steps", file, runs.argv(flags, run_dir=runs.directory()))
+    job(runs, 2, "steps", file, runs.argv(flags, run_dir=runs.directory()))
     assert torch.load(file) == pytest.approx(losses, abs=1e-5) and len(losses) == 10
     assert max(map(abs, losses)) > 1e-3
 
@@ -156,8 +164,8 @@ def test_float32_steps_agree_from_the_same_start(runs, monkeypatch):
 def test_one_rank_has_nothing_but_short_responses(runs):
     flags = {**FLAGS, "steps": 2, "eval_every": 0}
     one, two = runs.directory(), runs.directory()
-    job(1, "uneven", "-", runs.argv(flags, run_dir=one))
-    job(2, "uneven", "-", runs.argv(flags, run_dir=two))
+    job(runs, 1, "uneven", "-", runs.argv(flags, run_dir=one))
+    job(runs, 2, "uneven", "-", runs.argv(flags, run_dir=two))
     lengths = [line["length"] for line in tiny_runs.lines(two / "groups.jsonl")]
     assert all(max(short) == 1 < max(long) for short, long in zip(lengths[::2], lengths[1::2]))
     assert_same_run(one, two)
@@ -169,7 +177,7 @@ def test_more_ranks_than_sequences_and_a_warm_start_with_a_reference(runs):
              "kl_coef": 0.1, "overlong_factor": 1.0, "overlong_buffer": 6.0, "stop": ["=", "+", "?"],
              "export_dtype": "float64", "blend": "local"}  # fmt: skip
     alone, directory = runs.shared(**flags), runs.directory()
-    torchrun(3, runs.argv(flags, run_dir=directory))
+    forked(runs, 3, train.main, runs.argv(flags, run_dir=directory))
     # Lengths, and so rewards, differ. With the KL term alone the first gradient is nothing but rounding, which AdamW
     # blows up (g / (|g| + 1e-8)): its next gradient then agreed to 1e-5, not 1e-9, on one make of CPU.
     assert all(line["grad_norm"] > 0.01 for line in tiny_runs.metrics(alone))
@@ -217,7 +225,7 @@ def newest(directory):
 
 def wait_for(path, process):
     """Until a checkpoint of a run is there."""
-    for _ in range(600):
+    for _ in range(10 * tiny_runs.PATIENCE):
         if path.exists():
             return
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -232,7 +240,8 @@ def children(process):
 
 def test_a_failing_rank_ends_the_job_with_its_reason(runs):
     directory, failed = runs.directory(), runs.folder / "failed"
-    output = job(2, "broken", failed, runs.argv(FLAGS, run_dir=directory, save_every=1), code=1)
+    argv = ["broken", failed, *runs.argv(FLAGS, run_dir=directory, save_every=1)]
+    output = torchrun(2, argv, rank_jobs.__file__, code=1)
     assert "rank 1" in output and "this rank was told to fail" in output
     assert newest(directory) == "step-000001"
     assert time.time() - failed.stat().st_mtime < 30
@@ -241,15 +250,15 @@ def test_a_failing_rank_ends_the_job_with_its_reason(runs):
 def test_a_rank_that_hangs_ends_the_job_in_bounded_time(runs, alone):
     """A stopped process neither answers nor dies: its peer gives up after --timeout, torchrun then kills it."""
     directory = runs.directory()
-    argv = runs.argv(FLAGS, run_dir=directory, timeout=4, save_every=1, steps=10_000)
+    argv = runs.argv(FLAGS, run_dir=directory, timeout=10, save_every=1, steps=10_000)
     process = launch(2, argv, options=["--shutdown-timeout", "3"])
     wait_for(directory / "checkpoints/step-000002/state.json", process)
     os.kill(children(process)[1], signal.SIGSTOP)
     started = time.monotonic()
-    process.communicate(timeout=60)
+    process.communicate(timeout=tiny_runs.PATIENCE)
     assert process.returncode == 1
     # torchrun gives what is left 30 seconds after the first rank's death, a constant of its own.
-    assert time.monotonic() - started < 4 + 30 + 15
+    assert time.monotonic() - started < 10 + 30 + 15
     train.main(["--run-dir", str(directory), "--resume", newest_path(directory), "--steps", "10"])
     # Nothing of the stopped steps is left over.
     assert [line["step"] for line in tiny_runs.metrics(directory)] == list(range(1, 11))
@@ -266,7 +275,7 @@ def test_sigterm_saves_once_and_exits_in_order(runs):
     wait_for(metrics, process)
     for pid in children(process):
         os.kill(pid, signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=tiny_runs.PATIENCE)
     assert process.returncode == 0, errors[-3000:]
     assert output.count("stopped by SIGTERM; saved") == 1 and "--resume latest" in output
     assert tiny_runs.ended(directory) == ("stopped", len(tiny_runs.metrics(directory)), "SIGTERM")
@@ -275,7 +284,8 @@ def test_sigterm_saves_once_and_exits_in_order(runs):
 
 def test_a_rank_ends_well_whatever_gloo_s_threads_still_hold(runs):
     """They waited for the lock of an interpreter that was ending, and aborted a job whose work was done."""
-    job(2, "ending", "-", runs.argv(FLAGS, run_dir=runs.directory(), steps=1, eval_every=0))
+    argv = runs.argv(FLAGS, run_dir=runs.directory(), steps=1, eval_every=0)
+    torchrun(2, ["ending", "-", *argv], rank_jobs.__file__)
 
 
 def test_killed_ranks_that_torchrun_restarts_make_the_same_run(tmp_path):
@@ -285,12 +295,13 @@ def test_killed_ranks_that_torchrun_restarts_make_the_same_run(tmp_path):
 
 
 def test_evaluation_on_ranks_is_that_of_one(runs, tmp_path, capsys):
-    argv = ["--model", runs.base["model"], "--data", runs.base["data"], "--k", 3, "--max-new-tokens", 6, "--dtype",
-            "float64", "--device", "cpu", "--instruction", "", "--limit", 7, "--out"]  # fmt: skip
-    evaluation.main([*map(str, argv), str(tmp_path / "one")])
+    argv = ["--model", str(runs.base["model"]), "--data", str(runs.base["data"]), "--k", "3", "--max-new-tokens", "6",
+            "--dtype", "float64", "--device", "cpu", "--instruction", "", "--limit", "7", "--out"]  # fmt: skip
+    evaluation.main([*argv, str(tmp_path / "one")])
     output = torchrun(2, [*argv, tmp_path / "two"], evaluation.__file__)
     assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
     table = [line for line in capsys.readouterr().out.splitlines() if "@" in line]
     assert len(table) > 3 and all(line in output for line in table)
-    refused = torchrun(2, [*argv[:3], "/no/such", *argv[4:], tmp_path / "no"], evaluation.__file__, code=1)
+    wrong = [*argv[:3], "/no/such", *argv[4:], str(tmp_path / "no")]
+    refused = forked(runs, 2, evaluation.main, wrong, code=2)
     assert refused.count("eval.py: ") == 1

@@ -7,7 +7,6 @@ lose a step or end with an error.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -30,20 +29,6 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Verifier", tiny_runs.Judge)
         yield tiny_runs.Runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def start_child():
-    """Starts a function of tiny_runs in a process forked from one that has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch.distributed.checkpoint.format_utils"])
-
-    def start(function, *args):
-        process = context.Process(target=function, args=args)
-        process.start()
-        return process
-
-    return start
 
 
 def resume(directory, *more):
@@ -78,10 +63,10 @@ PLACES = [
 
 
 @pytest.mark.parametrize("event, count", PLACES)
-def test_killed_and_resumed_is_the_same_run(runs, start_child, event, count):
+def test_killed_and_resumed_is_the_same_run(runs, event, count):
     whole, directory = runs.shared(**FLAGS), runs.directory()
-    process = start_child(tiny_runs.child, runs.argv(FLAGS, run_dir=directory), event, count)
-    process.join(60)
+    process = tiny_runs.start(tiny_runs.child, runs.argv(FLAGS, run_dir=directory), event, count)
+    process.join(tiny_runs.PATIENCE)
     assert process.exitcode == -signal.SIGKILL and tiny_runs.ended(directory) is None
     resume(directory)
     assert tiny_runs.difference(directory, whole) is None and tiny_runs.ended(directory) == ("finished", 6, "")
@@ -90,13 +75,13 @@ def test_killed_and_resumed_is_the_same_run(runs, start_child, event, count):
     assert hidden == []
 
 
-def test_killed_again_and_again(runs, start_child):
+def test_killed_again_and_again(runs):
     """At ever other events of one run, the resumed parts included; progress is from checkpoint to checkpoint."""
     whole, directory, deaths = runs.shared(**FLAGS), runs.directory(), 0
     argv = runs.argv(FLAGS, run_dir=directory)
     for count in (9, 14, 25, 31, 17, 40, 23, 200):
-        process = start_child(tiny_runs.child, argv, "", count)
-        process.join(60)
+        process = tiny_runs.start(tiny_runs.child, argv, "", count)
+        process.join(tiny_runs.PATIENCE)
         deaths += process.exitcode == -signal.SIGKILL
         argv = ["--run-dir", str(directory), "--resume", "latest"]
     assert deaths >= 5 and process.exitcode == 0
@@ -178,14 +163,14 @@ def test_second_ctrl_c_stops_at_once(runs, monkeypatch, capsys):
     assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
 
 
-def test_sigterm_from_outside_ends_the_process_with_0(runs, start_child):
+def test_sigterm_from_outside_ends_the_process_with_0(runs):
     directory = runs.directory()
-    process = start_child(tiny_runs.quiet_child, runs.argv(FLAGS, run_dir=directory, steps=10_000, eval_every=0))
-    deadline = time.monotonic() + 60
+    process = tiny_runs.start(tiny_runs.quiet_child, runs.argv(FLAGS, run_dir=directory, steps=10_000, eval_every=0))
+    deadline = time.monotonic() + tiny_runs.PATIENCE
     while not (directory / "samples.txt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.terminate()
-    process.join(60)
+    process.join(tiny_runs.PATIENCE)
     assert process.exitcode == 0
     newest = sorted((directory / "checkpoints").iterdir())[-1]
     assert newest.name == f"step-{len(tiny_runs.metrics(directory)):06d}"
@@ -286,14 +271,14 @@ def limited_child(argv, limit, errors):
     tiny_runs.quiet_child(argv)
 
 
-def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(runs, start_child, tmp_path):
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(runs, tmp_path):
     directory = runs.new(**FLAGS | {"steps": 3})
     last = directory / "checkpoints/step-000003"
     before = {path.name: path.read_bytes() for path in last.iterdir()}
     size = max(len(content) for content in before.values())
     argv, errors = ["--run-dir", str(directory), "--resume", "latest", "--steps", "6"], tmp_path / "errors"
-    process = start_child(limited_child, argv, size // 2, errors)
-    process.join(60)
+    process = tiny_runs.start(limited_child, argv, size // 2, errors)
+    process.join(tiny_runs.PATIENCE)
     assert process.exitcode == 1
     message = errors.read_text().splitlines()[-1]
     assert "train.py: after step 4: cannot write the checkpoint" in message and "too large" in message

@@ -3,6 +3,10 @@ then, a checker without processes, and a way to run train.main in this process a
 
 import functools
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +22,7 @@ CONFIG = {
     "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
     "initializer_range": 0.15, "torch_dtype": "float32", "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
+PATIENCE = 600  # seconds until a test gives up on another process: no bound of what it checks, however busy the cores
 TIMES = ("seconds", "tokens_per_second", "peak_memory")  # metrics that no two runs share
 
 
@@ -213,11 +218,46 @@ def watch_events(act):
         wrap(module, name)
 
 
+def start(function, *args):
+    """A process forked from one that has imported everything already, which takes five seconds of a slow core."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "torch.distributed.checkpoint.format_utils", "torch.distributed.fsdp"])
+    process = context.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def on_ranks(ranks, log, function, *args, code=0):
+    """function(*args) on several ranks that are forked, with the variables that torchrun would set: what they print."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    started = [start(one_rank, rank, ranks, store.port, log, function, args) for rank in range(ranks)]
+    until = time.monotonic() + PATIENCE
+    while any(process.is_alive() for process in started) and time.monotonic() < until:
+        if any(process.exitcode not in (None, code) for process in started):
+            break
+        time.sleep(0.02)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    output = Path(log).read_text()
+    assert codes == [code] * ranks, f"exit codes {codes}\n{output[-3000:]}"
+    return output
+
+
+def one_rank(rank, ranks, port, log, function, args):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    function(*args)
+
+
 def child(argv, event, count):
     """A run in a process of its own that kills itself at the count-th event of that name ("": of any)."""
-    import os
-    import signal
-
     seen = []
 
     def act(name):
