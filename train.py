@@ -216,6 +216,8 @@ def launched_by():
 def resume_if_begun(typed):
     """After a restart by torchrun: the run that the killed workers had begun, if they came so far, is to go on."""
     found = sorted(Path("runs").glob(f"*{launched_by()}"))
+    if typed.get("resume", "latest") != "latest":  # a checkpoint's path, which names the run as well
+        found = [Path(typed["resume"]).resolve().parent.parent]
     typed.setdefault("run_dir", str(found[-1]) if found else None)
     typed.pop("resume", None)
     if typed["run_dir"] and (Path(typed["run_dir"]) / "run.json").is_file():

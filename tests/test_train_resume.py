@@ -339,6 +339,9 @@ def test_torchruns_restart_goes_on_where_it_can(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     args = train.parse_args(runs.argv(flags))
     assert (args.run_dir, args.resume) == (f"runs/{directory.name}", "latest")
+    newest = max((directory / "checkpoints").iterdir())
+    args = train.parse_args(["--resume", str(newest)])
+    assert os.path.samefile(args.run_dir, directory) and args.resume == "latest"
     args = train.parse_args(runs.argv(flags, run_dir=tmp_path / "new"))
     assert (args.run_dir, args.resume) == (str(tmp_path / "new"), None)
     # Another torchrun's run of the same name is none of ours.
