@@ -99,7 +99,7 @@ def cells():
     def real(seed):
         return several("smollm2", seed, some, f"{ROOT}/data/words", REAL)
 
-    parts = [main(0), main(1), main(2), real(0), grid(0), single(0), main(3), main(4), single(1), single(2), grid(1),
+    parts = [main(0), main(1), main(2), single(0), grid(0), real(0), main(3), main(4), single(1), single(2), grid(1),
              real(1)]  # fmt: skip
     return [cell for part in parts for cell in part]
 
