@@ -57,7 +57,7 @@ CONFIGURATIONS = {
 GRID = {f"γ{g}ρ{r}": f"--gamma {g} --rho {r}" for g in (1, 5, 20) for r in (0.5, 1, 1.5) if (g, r) != (5, 1)}
 STEPS, RESPONSES, EVERY = 16, 240, 4  # of a run; of a step, P·G; steps between evaluations
 ALL = "--instruction '' --eval-samples 4 --save-every 0 --samples-every 0 --verifier-workers 1"
-WARM = "--steps 0 --run-dir warm"  # the demonstration's
+WARM = "--steps 0 --sft-steps 600 --run-dir warm"  # the demonstration's, a little longer
 SIZES = (f"--steps {STEPS} --model warm/model --max-prompt-tokens 64 --max-new-tokens 64 "
          "--prompts-per-step 40 --group-size 6 --minibatch-prompts 10 --rollout-batch 0 --lr 2e-4 "
          "--beta2 0.95")  # fmt: skip
