@@ -191,7 +191,7 @@ def make(waiting, args):
     """Runs cells, --jobs at a time, always the first that can start. One that fails is named, and the rest goes on."""
     runs, running, told, failed = Path(args.runs).resolve(), {}, set(), []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, it ends the runs too
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, it ends the runs too
     if not (runs / "data").exists():
         make_mixes(runs / "data")
     try:
@@ -224,6 +224,7 @@ def make(waiting, args):
                         said = finish(cell, run, args.again)
                     print(f"{cell.name}: {time.monotonic() - started:.0f} s, {said}", flush=True)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process in running:
             process.kill()
     if failed:

@@ -33,11 +33,11 @@ HUB = "needs a model or data from the Hub, and a GPU or days; never run as print
 # Commands, or their beginnings up to "..." -> when they last ran and how long they took, or why they are not run here.
 LONG = {
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python train.py":
-        "the demonstration, 163 s for 60 steps on two cores at dbf3f08, after the installation",
+        "the demonstration, 209 s on two cores of the Intel, after the installation",
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/pip install -r tests/...":
         ".ci/run does it",
     "python train.py": "the demonstration, as above",
-    "python train.py --seed SEED": "the same with seeds 0 to 2: 163, 147 and 152 s at dbf3f08",
+    "python train.py --seed SEED": "the same with seeds 0 to 2",
     "python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct ...": "36 minutes on one core at fbe0b8e",
     "python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data ...": HUB,
     "python eval.py --model runs/mine/model ...": "needs the run above it",
@@ -55,7 +55,7 @@ LONG = {
     "python copo.py --groups RUN/groups.jsonl": "a placeholder; the lab's commands of this form are run",
     "python tests/kill_ranks.py --kills 50": "343 s (docs/ranks.md)",
     "python tests/bench_ranks.py": "its table stands below it",
-    "python docs/study.py --jobs 2": "a minute or two a cell of 157 on shared cores, a warm start of 4 minutes a seed",
+    "python docs/study.py --jobs 2": "a minute a cell of 166 on two cores, a warm start of 3 minutes a seed, SmolLM2-135M 15",
     "python docs/study.py --only 'hard/copo-0' --again": "a minute or two, after the warm start",
 }  # fmt: skip
 
