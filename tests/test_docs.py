@@ -55,7 +55,7 @@ LONG = {
     "python copo.py --groups RUN/groups.jsonl": "a placeholder; the lab's commands of this form are run",
     "python tests/kill_ranks.py --kills 50": "343 s (docs/ranks.md)",
     "python tests/bench_ranks.py": "its table stands below it",
-    "python docs/study.py --jobs 2": "a minute a cell of 166 on two cores, a warm start of 3 minutes a seed, SmolLM2-135M 15",
+    "python docs/study.py --jobs 2": "a minute a cell of two at a time, 3 a warm start, 15 on SmolLM2-135M",
     "python docs/study.py --only 'hard/copo-0' --again": "a minute or two, after the warm start",
 }  # fmt: skip
 

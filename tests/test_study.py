@@ -71,7 +71,7 @@ def test_every_cell_is_a_command_that_train_accepts(tmp_path, monkeypatch):
     every = study.cells()
     names = [cell.name for cell in every]
     assert len(set(names)) == len(names) == 5 + 3 * 9 * 5 + 8 * 2 + 3 * 2 + 3 * 3
-    assert {name.split("/")[0] for name in names if "/" in name} == {*study.MIXES, "grid", "smollm2"}
+    assert {name.split("/")[0] for name in names if "/" in name} == {*study.MIXES, "single", "grid", "smollm2"}
     for cell in every:
         args = train.parse_args(study.command(cell, argparse.Namespace(model="SmolLM2"))[2:])
         assert args.seed == cell.seed and args.run_dir in (cell.name, "warm")
