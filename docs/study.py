@@ -346,7 +346,7 @@ def draw(found, made):
     names = [name for name in CONFIGURATIONS if name != "grpo" and any((AREA, name) in made[mix] for mix in mixes)]
     for i, mix in enumerate(mixes):
         for j, name in enumerate(("grpo", "copo")):
-            first = mean(alive(cell)[0] for key, cell in found.items() if key.startswith(f"{mix}/{name}-"))
+            first = mean(alive(cell)[0] for key, cell in found.items() if key.rsplit("-", 1)[0] == f"{mix}/{name}")
             left.bar(i + 0.4 * j - 0.2, first, 0.38, color=("0.6", "C0")[j], label=None if i else name)
         rows = [(j, made[mix].get((MEAN, name))) for j, name in enumerate(names)]
         rows = [(j, row["difference"]) for j, row in rows if row and row["difference"]]
@@ -354,12 +354,12 @@ def draw(found, made):
             place = j + 0.22 * (1 - i)
             right.plot([100 * x for x in row["interval"]], [place] * 2, color=f"C{i}")
             right.plot(100 * row["mean"], place, "o", color=f"C{i}", ms=4, label=mix if j == rows[0][0] else None)
-    left.set(xticks=range(len(mixes)), xticklabels=mixes, ylim=(0, 1), title="groups with a gradient, step 1")
+    left.set(xticks=range(len(mixes)), xticklabels=mixes, ylim=(0, 1.15), title="groups with a gradient, step 1")
     right.axvline(0, color="0.6", lw=0.8)
     right.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5),
               title=f"held-out accuracy after {STEPS} steps, minus grpo",
               xlabel="points, 95 % interval over seeds, then problems")  # fmt: skip
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="upper center", ncols=2)
     right.legend(frameon=False, title="mix")
     figure.savefig(RECORD.with_name("study.png"), dpi=110)
 
