@@ -1,4 +1,5 @@
-"""The study of docs/study.md: nine configurations on three mixes of problems, a grid of γ and ρ, a small real model.
+"""The study of docs/study.md: nine configurations on three mixes of problems; a grid of γ and ρ, one update a step in
+place of four, and a small real model for some of them.
 
     python docs/study.py --jobs 2                          # every cell that is not on record yet, in order
     python docs/study.py --only 'hard/copo-0' --again      # cells by name; again: are these the figures on record?
@@ -58,9 +59,10 @@ GRID = {f"γ{g}ρ{r}": f"--gamma {g} --rho {r}" for g in (1, 5, 20) for r in (0.
 STEPS, RESPONSES, EVERY = 16, 240, 4  # of a run; of a step, P·G; steps between evaluations
 ALL = "--instruction '' --eval-samples 4 --save-every 0 --samples-every 0 --verifier-workers 1"
 WARM = "--steps 0 --sft-steps 600 --run-dir warm"  # the demonstration's, a little longer
-SIZES = (f"--steps {STEPS} --model warm/model --max-prompt-tokens 64 --max-new-tokens 64 "
-         "--prompts-per-step 40 --group-size 6 --minibatch-prompts 10 --rollout-batch 0 --lr 2e-4 "
-         "--beta2 0.95")  # fmt: skip
+SIZES = ("--model warm/model --max-prompt-tokens 64 --max-new-tokens 64 --prompts-per-step 40 --group-size 6 "
+         "--rollout-batch 0 --lr 2e-4 --beta2 0.95")  # fmt: skip
+FOUR = f"--minibatch-prompts 10 --steps {STEPS}"  # updates a step
+ONE = f"--minibatch-prompts 40 --steps {2 * STEPS}"  # as in the demonstration
 REAL = ("--model MODEL --max-prompt-tokens 128 --max-new-tokens 28 --prompts-per-step 8 --group-size 8 --steps 8 "
         "--minibatch-prompts 8 --lr 2e-5 --eval-problems 50 --micro-tokens 2048")  # fmt: skip
 TRAIN, HELD_OUT = 1000, 100  # problems of a mix
@@ -86,15 +88,15 @@ def cells():
     def main(seed):
         yield Cell(f"warm-{seed}", seed, WARM)
         for mix in MIXES:
-            yield from several(mix, seed, CONFIGURATIONS, f"../data/{mix}", SIZES)
+            yield from several(mix, seed, CONFIGURATIONS, f"../data/{mix}", f"{SIZES} {FOUR}")
 
     def grid(seed):
-        return several("grid", seed, GRID, "../data/even", SIZES)
+        return several("grid", seed, GRID, "../data/even", f"{SIZES} {FOUR}")
 
     some = {name: CONFIGURATIONS[name] for name in ("copo", "soft-zero-group", "grpo")}
 
-    def single(seed):  # one update a step, as in the demonstration, over twice as many steps
-        return several("single", seed, some, "../data/even", f"{SIZES} --minibatch-prompts 40 --steps {2 * STEPS}")
+    def single(seed):
+        return several("single", seed, some, "../data/even", f"{SIZES} {ONE}")
 
     def real(seed):
         return several("smollm2", seed, some, f"{ROOT}/data/words", REAL)
@@ -133,7 +135,7 @@ def make_mixes(folder):
 # --------------------------------------------------------------------------------------------------------- the record
 
 
-def collect(run, every):
+def collect(run):
     """A finished run as it goes on record; steps are counted in P·G responses, which changes those of dapo alone."""
     about = json.loads((run / "run.json").read_text())
     flags, unit = about["flags"], about["flags"]["prompts_per_step"] * about["flags"]["group_size"]
@@ -142,7 +144,7 @@ def collect(run, every):
     metrics = [line for line in read_lines(run / "metrics.jsonl") if line["responses"] <= flags["steps"] * unit]
     metrics = [line | {"step": line["responses"] / unit} for line in metrics]
     lines, held_out = read_lines(run / "eval.jsonl"), []
-    for step in range(0, flags["steps"] + 1, every):
+    for step in range(0, flags["steps"] + 1, EVERY):
         line = [line for line in lines if line["responses"] <= step * unit][-1]
         votes = math.lcm(*range(1, line["k"] + 1))  # shares of k, and of what ties in a vote leave, as whole numbers
         held_out.append({"step": step, "k": line["k"], "right": [round(x * line["k"]) for x in line["per_problem"]],
@@ -241,7 +243,7 @@ def finish(cell, run, again):
     """Puts a run on record, or compares it with what is there; of its files those worth reading stay. What it says."""
     if "warm-" in cell.name:
         return "ready"
-    record, new = load_record(), collect(run, EVERY)
+    record, new = load_record(), collect(run)
     said = " ".join(f"{mean(line['right']) / line['k']:.1%}" for line in new["held_out"])
     for folder in ("checkpoints", "model"):
         shutil.rmtree(run / folder, ignore_errors=True)
@@ -259,14 +261,20 @@ def finish(cell, run, again):
 MEAN, AREA, PUSHED = "mean@4, last step", "mean@4, area under the curve", "wrong responses pushed up"
 
 
+def of(found, mix, configuration=None):
+    """{name: cell} of a mix, or of one configuration on it. The middle of γ × ρ is copo on the even mix."""
+    own = {name: cell for name, cell in found.items() if name.startswith(f"{mix}/")}
+    if mix == "grid":
+        own |= {name: found[name] for name in sorted({f"even/copo-{name[-1]}" for name in own} & found.keys())}
+    return {name: cell for name, cell in own.items() if configuration in (None, Path(name).name.rsplit("-", 1)[0])}
+
+
 def compared(found, folder):
     """{mix: {(figure, configuration): its row in the report of eval.py --compare}}; what that prints goes to docs."""
     unpack(found, folder)
     made = {}
     for mix in dict.fromkeys(name.split("/")[0] for name in found):
-        runs = [name for name in found if name.startswith(f"{mix}/")]
-        if mix == "grid":  # its middle is copo, on the same problems and from the same seeds
-            runs += [name for name in found if name in {f"even/copo-{run[-1]}" for run in runs}]
+        runs = list(of(found, mix))
         base = next((name for name in runs if ("/grpo-", "/copo-")[mix == "grid"] in name), None)
         flags = ["--baseline", str(folder / base)] if base else []
         flags += ["--plot", str(RECORD.with_name(f"{mix}.png"))] if find_spec("matplotlib") and mix in MIXES else []
@@ -295,39 +303,38 @@ def tables(found, made):
         lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
         parts.append("\n".join([f"{title}\n", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n")
 
-    def of(mix, name):
-        return [cell for key, cell in found.items() if key.rsplit("-", 1)[0] == f"{mix}/{name}"]
-
     def accuracy(cell, i):
         return mean(cell["held_out"][i]["right"]) / cell["held_out"][i]["k"]
 
-    mixes = [mix for mix in MIXES if mix in made and of(mix, "grpo") and of(mix, "copo")]
+    mixes = [mix for mix in MIXES if of(found, mix, "grpo") and of(found, mix, "copo")]
     rows = []
     for mix in mixes:
-        wrong, mixed = (mean(c["metrics"][name][0] for c in of(mix, "grpo")) for name in ("all_wrong", "mixed"))
-        before, right = mean(accuracy(c, 0) for c in of(mix, "grpo")), abs(1 - wrong - mixed)  # abs: no "-0.0%"
+        runs = of(found, mix, "grpo").values()
+        wrong, mixed = (mean(cell["metrics"][name][0] for cell in runs) for name in ("all_wrong", "mixed"))
+        before, right = mean(accuracy(cell, 0) for cell in runs), abs(1 - wrong - mixed)  # abs: no "-0.0%"
         rows.append([mix, *(f"{x:.1%}" for x in (wrong, mixed, right, before))])
     table("Mixes: groups at step 1, held-out mean@4 before it",
           ["mix", "all wrong", "mixed", "all right", "mean@4"], *rows)  # fmt: skip
     for mix in [*mixes, *(mix for mix in ("single", "grid") if mix in made)]:
-        rows, base, steps = [], "copo" if mix == "grid" else "grpo", STEPS * (1 + (mix == "single"))
+        rows, base = [], "copo" if mix == "grid" else "grpo"
+        steps = next(iter(of(found, mix).values()))["flags"]["steps"]
         for name in [*CONFIGURATIONS, *GRID]:
-            if (MEAN, name) in made[mix]:
+            if runs := of(found, mix, name).values():
                 last, area, pushed = (made[mix][figure, name] for figure in (MEAN, AREA, PUSHED))
-                living = f"{mean(mean(alive(cell)) for cell in of(mix, name) or of('even', name)):.1%}"
-                rows.append([name, len(last["runs"]), figure_text(last), figure_text(last, "+"), figure_text(area),
+                living = f"{mean(mean(alive(cell)) for cell in runs):.1%}"
+                rows.append([name, len(runs), figure_text(last), figure_text(last, "+"), figure_text(area),
                              figure_text(area, "+"), living, f"{pushed['mean']:.1%}"])  # fmt: skip
         table(f"{mix}, {steps} steps", ["configuration", "seeds", "mean@4, last step", f"minus {base}",
               "area under the curve", f"minus {base}", "groups with a gradient", "wrong pushed up"], *rows)  # fmt: skip
     rows = []
     for mix in mixes:
-        shares = [[mean(step) for step in zip(*map(alive, of(mix, name)))] for name in ("grpo", "copo")]
+        shares = [[mean(step) for step in zip(*map(alive, of(found, mix, name).values()))] for name in ("grpo", "copo")]
         steps = [(step, grpo, copo, copo / max(grpo, 1e-9)) for step, (grpo, copo) in enumerate(zip(*shares), 1)]
         lowest = min(steps, key=lambda row: row[-1])
         for step, grpo, copo, ratio in [steps[0], *steps[EVERY - 1 :: EVERY], (f"{lowest[0]} (lowest)", *lowest[1:])]:
             rows.append([mix, step, f"{grpo:.1%}", f"{copo:.1%}", f"{ratio:.2f}"])
     table("Share of the groups that give a gradient", ["mix", "step", "grpo", "copo", "ratio"], *rows)
-    if real := {name: cell for name, cell in found.items() if name.startswith("smollm2/")}:
+    if real := of(found, "smollm2"):
         steps = [line["step"] for line in next(iter(real.values()))["held_out"]]
         rows = [[name.removeprefix("smollm2/"), *(f"{accuracy(cell, i):.1%}" for i in range(len(steps))),
                  f"{mean(alive(cell)):.1%}"] for name, cell in real.items()]  # fmt: skip
@@ -346,7 +353,7 @@ def draw(found, made):
     names = [name for name in CONFIGURATIONS if name != "grpo" and any((AREA, name) in made[mix] for mix in mixes)]
     for i, mix in enumerate(mixes):
         for j, name in enumerate(("grpo", "copo")):
-            first = mean(alive(cell)[0] for key, cell in found.items() if key.rsplit("-", 1)[0] == f"{mix}/{name}")
+            first = mean(alive(cell)[0] for cell in of(found, mix, name).values())
             left.bar(i + 0.4 * j - 0.2, first, 0.38, color=("0.6", "C0")[j], label=None if i else name)
         rows = [(j, made[mix].get((MEAN, name))) for j, name in enumerate(names)]
         rows = [(j, row["difference"]) for j, row in rows if row and row["difference"]]
