@@ -8,7 +8,7 @@ Level 3  three terms                                 7+8-4
 Level 4  a product and two or three more terms       3*4+7-2+5
 Level 5  two fractions of one denominator            5/9+1/9       (2/3, 6/9 and \\frac{2}{3} are all right)
 
-All whole numbers on the way stay within 0 .. 39: few enough facts for a tiny model to learn in a minute or two.
+All whole numbers on the way stay within 0 .. 39: few enough facts for a tiny model to learn in some two minutes.
 
 A problem is asked as an exercise ("Solve 7+8-4") or in a quiz ("Quiz: 7+8-4"). Every `solution` in the training file
 is right, in one of two styles: *worked*, a line for each operation and then the boxed result, or *bare*, the boxed
