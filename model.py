@@ -13,12 +13,11 @@ E head size, V vocabulary, N tokens of all rows. Rows are padded on the right: c
 training needs no mask. What counts is told by lengths, never by token ids (pad may be the end token).
 """
 
-import ctypes
 import json
 import math
 import os
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
@@ -148,9 +147,6 @@ INTEL, WIDEN = "GenuineIntel" in CPU, "bf16" not in CPU
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None where torch was built without it
 # oneDNN keeps a compiled product for each shape it has met, 1,024 unless told: 200 are as fast, in 0.2 GiB less.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
-# glibc gives large blocks back to the system at once and faults every page in anew: a third of an update's time.
-with suppress(OSError, AttributeError):  # another system, another C library
-    ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD at its highest; setting it fixes it
 
 
 def widened(x):
