@@ -186,9 +186,14 @@ class Linear(nn.Linear):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B,heads,T,E) by cos, sin (B,1,T,E/2); coordinate i is paired with i + E/2."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    """Rotary embedding of x (B,T,heads,E), in which coordinate i is paired with i + E/2: cos (B,T,1,E) holds the
+    cosines twice, and sin (B,T,1,E) the sines, negative in the first half."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def gather(x, index):
+    """x[index] of x (N,...); F.embedding's gradient is the quick one, and adds up in the same order every time."""
+    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 
 class Attention(nn.Module):
@@ -205,12 +210,21 @@ class Attention(nn.Module):
         norms = [nn.RMSNorm(head, config.rms_norm_eps) if config.model_type == "qwen3" else nn.Identity() for _ in "qk"]
         self.q_norm, self.k_norm = norms
 
-    def forward(self, x, cos, sin, cache=None, layer=None):
-        """x (B,T,D) -> (B,T,D). With a cache its `layer` takes the new keys and values, then all are read."""
-        split = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(split)).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x).view(split)).transpose(1, 2), cos, sin)
-        v = self.v_proj(x).view(split).transpose(1, 2)
+    def inputs(self):
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def project(self, x):
+        return [linear(x) for linear in self.inputs()]
+
+    def forward(self, x, cos, sin, cache=None, layer=None, spread=None):
+        """x (B,T,D) -> (B,T,D). With a cache its `layer` takes the new keys and values, then all are read.
+
+        spread: x is (1,N,D), and its tokens are put into rows for attention alone, see Transformer.score()."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.project(x))
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if spread is not None:
+            q, k, v = (gather(part.flatten(0, 1), spread[0]) for part in (q, k, v))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if cache is not None:
             k, v = cache.write(layer, k, v)
         if cache is None or cache.mask is None:
@@ -220,7 +234,8 @@ class Attention(nn.Module):
             # (B,K,H/K·T,E). The cache is then read once per key/value head and never repeated.
             folded = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim)
             out = F.scaled_dot_product_attention(folded, k, v, attn_mask=cache.mask).view(q.shape)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2).flatten(2)
+        return self.o_proj(out if spread is None else gather(out.flatten(0, 1), spread[1]))
 
 
 class MLP(nn.Module):
@@ -232,8 +247,15 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def inputs(self):
+        return self.gate_proj, self.up_proj
+
+    def project(self, x):
+        return [linear(x) for linear in self.inputs()]
+
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -248,13 +270,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None, layer=None):
+    def forward(self, x, cos, sin, cache=None, layer=None, spread=None):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, cos, sin, use_reentrant=False)
-        return self.compute(x, cos, sin, cache, layer)
+            return checkpoint(self.compute, x, cos, sin, cache, layer, spread, use_reentrant=False)
+        return self.compute(x, cos, sin, cache, layer, spread)
 
-    def compute(self, x, cos, sin, cache=None, layer=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+    def compute(self, x, cos, sin, cache=None, layer=None, spread=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer, spread)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -328,7 +350,7 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids, positions=None, cache=None, lengths=None):
+    def forward(self, ids, positions=None, cache=None, lengths=None, spread=None):
         """ids (B,T) -> hidden (B,T,D) after the final norm; the logits are apart, since few positions need them.
 
         Without a cache: rows padded on the right. With one: ids follow on what its first B rows hold, and `lengths`
@@ -341,10 +363,11 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)
         # Angles in float32 whatever the model's dtype: bf16 cannot tell position 257 from 258.
         wide = torch.promote_types(x.dtype, torch.float32)
-        angles = positions[:, None, :, None].to(wide) * rope_frequencies(self.config, ids.device)
+        angles = positions[:, :, None, None].to(wide) * rope_frequencies(self.config, ids.device)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, cache, layer)
+            x = block(x, cos, sin, cache, layer, spread)
         return self.model.norm(x)
 
     def head_weight(self):
@@ -358,18 +381,30 @@ class Transformer(nn.Module):
         logits = product(hidden, self.head_weight())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def score(self, ids, prompt_lengths, response_lengths, temperature=1.0, width=None):
+    def score(self, ids, prompt_lengths, response_lengths, temperature=1.0, width=None, owner=None):
         """Log-probs and entropy (nats) of response tokens: ids (B,T), lengths (B,) -> both (B,R), 0 beyond each row.
 
-        R is the longest response unless `width` sets it. Body and head run in this one method, so that sharding hooks
-        around it see all uses of the weights (hence forward() and not self(), which would run them again)."""
+        owner (B,): the row whose prompt is this row's too, and is run once for both (its own, if not given); an owner
+        owns itself. R is the longest response unless `width` sets it. Body and head run in this one method, so that
+        sharding hooks around it see all uses of the weights (hence forward() and not self(), which would run them
+        again)."""
         width = int(response_lengths.max()) if width is None else width
-        hidden = self.forward(ids)
+        rows, column = torch.arange(len(ids), device=ids.device)[:, None], torch.arange(ids.shape[1], device=ids.device)
+        owner = rows[:, 0] if owner is None else owner
+        # What is run, N tokens without padding: each prompt once, and of the replies all that predict another token.
+        in_prompt, ends = column < prompt_lengths[:, None], (prompt_lengths + response_lengths)[:, None]
+        needed = torch.where(in_prompt, owner[:, None] == rows, column < ends - 1)
+        tokens = needed.flatten().nonzero()[:, 0]
+        # Where each place of the padded rows finds its token among the N (padding: anywhere).
+        place = (needed.flatten().cumsum(0) - 1).clamp(min=0).view(ids.shape)
+        place = torch.where(in_prompt, place[owner], place)
+        positions = column.expand(ids.shape).flatten()[tokens]
+        hidden = self.forward(ids.flatten()[tokens][None], positions[None], spread=(place, tokens[None]))
         row, step = (torch.arange(width, device=ids.device) < response_lengths[:, None]).nonzero(as_tuple=True)
         # Response token t of a row is predicted at the position before it: prompt length − 1 + t.
-        before = row * ids.shape[1] + prompt_lengths[row] - 1 + step
-        picked = hidden.flatten(0, 1).index_select(0, before)
-        logprobs, entropy = token_logprobs(picked, self.head_weight(), ids.flatten()[before + 1], temperature)
+        before = prompt_lengths[row] - 1 + step
+        picked = gather(hidden[0], place[row, before])
+        logprobs, entropy = token_logprobs(picked, self.head_weight(), ids[row, before + 1], temperature)
         empty = logprobs.new_zeros(ids.shape[0], width)
         return empty.index_put((row, step), logprobs), empty.index_put((row, step), entropy)
 
@@ -378,8 +413,9 @@ class Transformer(nn.Module):
         """For sampling: on a CPU each matrix once more in a layout that few rows read twice as fast.
 
         Until the end the layers use these copies: no gradients, and no change of the weights."""
-        weight = self.model.norm.weight
-        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        weight, blocks = self.model.norm.weight, self.model.layers
+        parts = [part for block in blocks for part in (block.self_attn, block.mlp)]
+        last = [linear for block in blocks for linear in (block.self_attn.o_proj, block.mlp.down_proj)]
 
         def pack(matrix):
             matrix = matrix.float() if widened(matrix) else matrix
@@ -387,17 +423,27 @@ class Transformer(nn.Module):
                 return torch.ops.mkldnn._reorder_linear_weight(matrix, batch_size=32)  # about how many rows
             return matrix.T.contiguous().T  # each column in one piece, which MKL need not turn round
 
+        def fused(linears):  # one product in place of two or three of the same input
+            matrix = pack(torch.cat([linear.weight for linear in linears]))
+            bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+            sizes = [linear.out_features for linear in linears]
+            return lambda x: product(x, matrix, bias).split(sizes, -1)
+
         try:
             if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
-                for layer in layers:
-                    layer.forward = partial(product, weight=pack(layer.weight), bias=layer.bias)
+                for part in parts:
+                    part.project = fused(part.inputs())
+                for linear in last:
+                    linear.forward = partial(product, weight=pack(linear.weight))
                 head = pack(self.head_weight())
                 self.head_weight = lambda: head
             yield
         finally:
             vars(self).pop("head_weight", None)
-            for layer in layers:
-                vars(layer).pop("forward", None)
+            for part in parts:
+                vars(part).pop("project", None)
+            for linear in last:
+                vars(linear).pop("forward", None)
 
     @classmethod
     def from_config(cls, config, dtype=torch.float32, device="cpu", seed=0):

@@ -167,8 +167,9 @@ def _prefill(model, prompts):
     return cache, hidden[torch.arange(len(prompts), device=ids.device), lengths - 1]
 
 
-def _drop_done(cache, done):
-    """Moves the last rows in flight into the places of finished ones; returns where each row left in flight was."""
+def _drop_done(cache, done, count):
+    """Moves the last rows in flight into the places of `count` finished ones; returns where each row left was."""
+    done = done & (done.cumsum(0) <= count)
     kept = torch.arange(int((~done).sum()), device=done.device)
     holes = done[: len(kept)].nonzero()[:, 0]
     movers = (~done[len(kept) :]).nonzero()[:, 0] + len(kept)
@@ -265,9 +266,10 @@ def sample(
                 token, done = record(model.logits(hidden[:, 0]), row, done)
             ticks += 1
             if ticks % STOP_CHECK[device.type] == 0:
-                # Of many rows not one by one: oneDNN compiles a product for each number of rows that it meets.
-                if int(done.sum()) >= (8 if len(row) > 24 else 1):
-                    kept = _drop_done(cache, done)
+                # Of many rows eight at a time: oneDNN compiles a product for each number of rows that it meets.
+                count = int(done.sum())
+                if count := count - count % 8 if len(row) > 24 else count:
+                    kept = _drop_done(cache, done, count)
                     row, token, done = row[kept], token[kept], done[kept]
                 if on_tokens is not None:
                     count = int(lengths.sum())

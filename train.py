@@ -137,7 +137,7 @@ def flags():
     add("--overlong-buffer", type=positive, help="tokens over which it grows; below 1: a share of the limit")
     add = parser.add_argument_group("optimisation").add_argument
     add("--minibatch-prompts", type=count, help="prompts of one optimiser update; divides P")
-    add("--micro-tokens", type=count, help="padded tokens in one forward pass (one row at least)")
+    add("--micro-tokens", type=count, help="tokens in one forward pass (one row at least; prompts shared)")
     add("--old-logprobs", choices=["recompute", "sampler"], help="those of a step's later updates: from a forward pass "
         "before them, or as sampled (default: sampler, but recompute in bfloat16)")  # fmt: skip
     add("--lr", type=positive, help="learning rate of AdamW")
@@ -301,9 +301,10 @@ def memory_plan(config, args, ranks):
     if args.rollout_memory:
         limits, memory = (args.max_prompt_tokens, args.max_new_tokens), int(args.rollout_memory * 2**30)
         rows = min(rows, rows_that_fit(config, DTYPES[args.dtype], *limits, memory))
-    # Numbers a token leaves in a layer: inputs of two norms, of q/k/v and of gate/up; q, k, v, what attention gives,
-    # twice (apart and as o_proj's input); gate, silu(gate), up and their product.
-    inside = 4 * size + 3 * heads + 2 * kv_heads + 4 * config.intermediate_size
+    # Numbers a token leaves in a layer: inputs of two norms, of q/k/v, of o_proj and of gate/up; gate, silu(gate), up
+    # and their product; and q, k, v and what attention gives, once more for every row that shares the token's prompt.
+    rows_of_token = args.group_size * longest / (args.max_prompt_tokens + args.group_size * args.max_new_tokens)
+    inside = 4 * size + heads + 4 * config.intermediate_size + rows_of_token * 2 * (heads + kv_heads)
     layers = config.num_hidden_layers
     kept = layers * size + inside if args.activation_checkpointing else layers * inside
     held = {
@@ -687,13 +688,14 @@ def compute_signals(batch, args):
 # -------------------------------------------------------------------------------------------------------------- Updates
 
 def micro_batches(lengths, budget):
-    """Splits rows of `lengths` tokens into lists of rows, longest first, each at most `budget` tokens when padded."""
-    parts = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        # Rows come in falling length, so a part's first row sets its padded width.
-        if not parts or (len(parts[-1]) + 1) * lengths[parts[-1][0]] > budget:
+    """Splits pieces of `lengths` tokens into lists of pieces, longest first, of at most `budget` tokens or of one."""
+    parts, total = [], 0
+    for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
+        if not parts or total + lengths[piece] > budget:
             parts.append([])
-        parts[-1].append(row)
+            total = 0
+        parts[-1].append(piece)
+        total += lengths[piece]
     return parts
 
 
@@ -709,25 +711,46 @@ def deal(lengths, ranks):
     return shares
 
 
+def pieces(pairs, args):
+    """Rows that are run together: those of equal prompts, cut so that each fits into a micro-batch and there are some
+    for every rank -> their rows, and how many tokens each has if it runs its prompt once."""
+    together, parts, tokens = {}, [], []
+    for row in sorted(range(len(pairs)), key=lambda row: -len(pairs[row][1])):
+        together.setdefault(tuple(pairs[row][0]), []).append(row)
+    most = len(pairs) if world() == 1 else max(1, len(pairs) // (4 * world()))  # four a rank can be dealt evenly
+    for prompt, rows in together.items():
+        for i, row in enumerate(rows):
+            reply = len(pairs[row][1])
+            if i == 0 or len(parts[-1]) == most or tokens[-1] + reply > args.micro_tokens:
+                parts.append([])
+                tokens.append(len(prompt))
+            parts[-1].append(row)
+            tokens[-1] += reply
+    return parts, tokens
+
+
 def packed_parts(pairs, args):
     """This rank's micro-batches of (prompt, reply) token ids, of which every rank has the same list.
 
-    Yields (which pairs (b,), ids (b,T), prompt and reply lengths (b,)). Rows are padded on the right, with zeros that
-    nothing looks at: lengths say what counts. Ranks with fewer micro-batches than others run empty ones, because in
-    sharded training every forward and backward pass is a meeting of all ranks."""
-    lengths = [len(prompt) + len(reply) for prompt, reply in pairs]
+    Yields (which pairs (b,), ids (b,T), prompt and reply lengths (b,), owners of the prompts (b,)), the latter as
+    Transformer.score() takes them. Rows are padded on the right, with zeros that nothing looks at: lengths say what
+    counts. Ranks with fewer micro-batches than others run empty ones, because in sharded training every forward and
+    backward pass is a meeting of all ranks."""
+    together, tokens = pieces(pairs, args)
     parts = [
-        [[share[i] for i in part] for part in micro_batches([lengths[row] for row in share], args.micro_tokens)]
-        for share in deal(lengths, world())
+        [[share[i] for i in part] for part in micro_batches([tokens[piece] for piece in share], args.micro_tokens)]
+        for share in deal(tokens, world())
     ]
     mine = parts[rank()] + [[]] * (max(map(len, parts)) - len(parts[rank()]))
     for part in mine:
-        chosen = [pairs[i] for i in part] or [([0], [])]
+        part = [row for piece in part for row in together[piece]]
+        chosen, first = [pairs[i] for i in part] or [([0], [])], {}
+        owners = [first.setdefault(tuple(prompt), row) for row, (prompt, _) in enumerate(chosen)]
         ids = torch.zeros(len(chosen), max(len(prompt) + len(reply) for prompt, reply in chosen), dtype=torch.long)
         for row, (prompt, reply) in zip(ids, chosen):
             row[: len(prompt) + len(reply)] = torch.tensor(prompt + reply)
-        lengths = torch.tensor([[len(prompt), len(reply)] for prompt, reply in chosen], device=args.device)
-        yield torch.tensor(part or [0]), ids.to(args.device), *lengths.unbind(1)
+        lengths = [(len(prompt), len(reply), owner) for (prompt, reply), owner in zip(chosen, owners)]
+        yield torch.tensor(part or [0]), ids.to(args.device), *torch.tensor(lengths, device=args.device).unbind(1)
 
 
 def pairs_of(batch, rows):
@@ -740,8 +763,8 @@ def score_rows(model, batch, rows, args):
     """Log-probs of some rows under `model`, without gradients: (B,R) on the CPU, zero elsewhere."""
     result, rows = torch.zeros_like(batch.logprobs.flatten(0, 1)), torch.tensor(rows)
     with torch.no_grad():
-        for part, ids, prompt_lengths, lengths in packed_parts(pairs_of(batch, rows.tolist()), args):
-            logprobs, _ = model.score(ids, prompt_lengths, lengths, args.temperature)
+        for part, ids, prompt_lengths, lengths, owner in packed_parts(pairs_of(batch, rows.tolist()), args):
+            logprobs, _ = model.score(ids, prompt_lengths, lengths, args.temperature, owner=owner)
             result[rows[part], : logprobs.shape[1]] = logprobs.to("cpu", result.dtype)
     if world() > 1:
         dist.all_reduce(result)  # each row was scored by one rank
@@ -787,10 +810,10 @@ def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=
         "global_adv": signals.global_adv.repeat_interleave(batch.lengths.shape[1]),
         "weight": signals.weight.flatten(),
     }
-    for part, ids, prompt_lengths, lengths in packed_parts(pairs_of(batch, rows.tolist()), args):
+    for part, ids, prompt_lengths, lengths, owner in packed_parts(pairs_of(batch, rows.tolist()), args):
         part = rows[part]
         with run.clock("forward"):
-            logprobs, entropy = run.model.score(ids, prompt_lengths, lengths, args.temperature)
+            logprobs, entropy = run.model.score(ids, prompt_lengths, lengths, args.temperature, owner=owner)
             width = logprobs.shape[1]
             mask = torch.arange(width, device=args.device) < lengths[:, None]
             old = logprobs.detach() if old_logprobs is None else old_logprobs[part, :width].to(logprobs)
@@ -871,8 +894,8 @@ def warm_start(run):
         drawn = draw_prompts(args.seed + 1, step * args.sft_batch, args.sft_batch, len(indices))
         pairs = [(run.prompts[indices[i]], run.replies[indices[i]]) for i, _ in drawn]
         num_tokens, loss_sum = sum(len(reply) for _, reply in pairs), 0.0
-        for _, ids, prompt_lengths, lengths in packed_parts(pairs, args):
-            logprobs, _ = run.model.score(ids, prompt_lengths, lengths)
+        for _, ids, prompt_lengths, lengths, owner in packed_parts(pairs, args):
+            logprobs, _ = run.model.score(ids, prompt_lengths, lengths, owner=owner)
             loss = -logprobs.sum() / num_tokens  # score() leaves zeros beyond each reply
             (loss * world()).backward()
             loss_sum += float(loss.detach())

@@ -496,6 +496,42 @@ def test_score_ignores_padding_and_trains_the_end_token():
         assert n == 0 or values[row, n - 1] < -0.1
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_a_shared_prompt_is_run_once_and_changes_nothing(kind, recompute, monkeypatch):
+    """Rows of three prompts in no order, an owner behind its rows, one without a reply, one that nobody shares."""
+    model = Transformer.from_config(random_config(kind, False, 7), dtype=torch.float64)
+    for block in model.model.layers:
+        block.recompute = recompute
+    r, owners = torch.Generator().manual_seed(1), torch.tensor([3, 1, 3, 3, 4, 1])
+    prompts = {1: 5, 3: 2, 4: 1}
+    texts = {owner: torch.randint(0, 40, (n,), generator=r) for owner, n in prompts.items()}
+    lengths = torch.tensor([4, 0, 1, 6, 3, 2])
+    ids = torch.full((6, 9), 33)
+    for row, (owner, n) in enumerate(zip(owners.tolist(), lengths.tolist())):
+        start = prompts[owner]
+        ids[row, :start], ids[row, start : start + n] = texts[owner], torch.randint(0, 40, (n,), generator=r)
+    prompt_lengths = torch.tensor([prompts[owner] for owner in owners.tolist()])
+    outer, ran, forward = torch.randn(6, 6, dtype=torch.float64, generator=r), [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda *a, **k: ran.append(a[1].numel()) or forward(*a, **k))
+
+    def gradients(**shared):
+        model.zero_grad()
+        logprobs, entropy = model.score(ids, prompt_lengths, lengths, 0.8, **shared)
+        (logprobs * outer).sum().backward()
+        return logprobs.detach(), entropy, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    apart, together = gradients(), gradients(owner=owners)
+    for one, other in zip(apart[:2], together[:2]):
+        assert one.abs().max() > 0.1
+        torch.testing.assert_close(other, one, atol=1e-12, rtol=0)
+    for name, grad in apart[2].items():
+        assert (together[2][name] - grad).abs().max() <= 1e-12 * grad.abs().max(), name
+    # Of the replies all but their last tokens; and the prompts of all rows, or of the owners.
+    replies = int((lengths - 1).clamp(min=0).sum())
+    assert ran == [int(prompt_lengths.sum()) + replies, sum(prompts.values()) + replies]
+
+
 def test_score_of_an_empty_micro_batch_has_zero_gradients():
     """Ranks with fewer micro-batches run empty ones: the same graph, so the same collectives, and gradients of 0."""
     config = random_config("llama", True, 0)

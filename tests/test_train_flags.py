@@ -166,19 +166,14 @@ def rows_in(config, memory):
 
 @pytest.mark.parametrize("name", ["micro_tokens", "rollout_batch", "rollout_memory"])
 def test_flag_of_speed_changes_no_number(runs, name, monkeypatch):
-    sizes, inner = {"micro_tokens": [], "rollout_batch": []}, train.Transformer.score
+    sizes, forward = {"micro_tokens": [], "rollout_batch": []}, train.Transformer.forward
     sizes["rollout_memory"] = sizes["rollout_batch"]
-    forward = train.Transformer.forward
 
-    def score(network, ids, *rest, **more):
-        sizes["micro_tokens"].append(ids.numel() if len(ids) > 1 else 0)
-        return inner(network, ids, *rest, **more)
-
-    def watched(network, ids, *rest, cache=None, **more):
+    def watched(network, ids, *rest, cache=None, spread=None, **more):
         sizes["rollout_batch"] += [len(ids)] if cache is not None and ids.shape[1] == 1 else []
-        return forward(network, ids, *rest, cache=cache, **more)
+        sizes["micro_tokens"] += [ids.numel()] if spread is not None and len(spread[0]) > 1 else []
+        return forward(network, ids, *rest, cache=cache, spread=spread, **more)
 
-    monkeypatch.setattr(train.Transformer, "score", score)
     monkeypatch.setattr(train.Transformer, "forward", watched)
     warm = {"sft_steps": 2, "sft_batch": 6, "sft_lr": 1e-2}
     base, (value, _) = runs.new(**warm), SAME_NUMBERS[name]

@@ -203,7 +203,7 @@ def test_empty_micro_batches_fill_up_the_shorter_ranks(monkeypatch):
     for rank in range(2):
         monkeypatch.setattr(train, "rank", lambda rank=rank: rank)
         args = type("Flags", (), {"micro_tokens": 3, "device": "cpu"})
-        seen.append([(part.tolist(), lengths.tolist()) for part, _, _, lengths in train.packed_parts(pairs, args)])
+        seen.append([(part.tolist(), lengths.tolist()) for part, _, _, lengths, _ in train.packed_parts(pairs, args)])
     assert seen[0] == [([0], [6]), ([0], [0])]  # the second has no tokens: its row is only a stand-in
     assert seen[1] == [([1], [1]), ([2], [1])]
 

@@ -231,8 +231,32 @@ def test_micro_batches_hold_their_budget_and_every_row():
         parts = train.micro_batches(lengths, budget)
         assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
         for part in parts:
-            assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= budget
+            assert len(part) == 1 or sum(lengths[row] for row in part) <= budget
     assert len(train.micro_batches(lengths, 1000)) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_pieces_are_rows_of_one_prompt_that_fit_a_micro_batch(ranks, monkeypatch):
+    monkeypatch.setattr(train, "world", lambda: ranks)
+    prompts = [[1, 2, 3], [4] * 8, [1, 2, 3], [5]]
+    pairs = [(list(prompt), [0] * n) for prompt in prompts for n in (4, 9, 1, 5, 2, 7)]
+    for budget in (1, 14, 20, 10**6):
+        parts, tokens = train.pieces(pairs, argparse.Namespace(micro_tokens=budget))
+        assert sorted(row for part in parts for row in part) == list(range(24))
+        for part, count in zip(parts, tokens, strict=True):
+            assert all(pairs[row][0] == pairs[part[0]][0] for row in part)
+            assert count == len(pairs[part[0]][0]) + sum(len(pairs[row][1]) for row in part)
+            assert len(part) == 1 or (count <= budget and (ranks == 1 or len(part) <= 24 // (4 * ranks)))
+    assert (len(parts) == 3) is (ranks == 1)  # alone and with room, each prompt has one piece
+
+
+def test_an_update_runs_each_prompt_once_and_no_last_token(monkeypatch):
+    run = make_run(micro_tokens=10**6)
+    batch, ran = make_batch(run), []
+    forward = model.Transformer.forward
+    monkeypatch.setattr(model.Transformer, "forward", lambda *a, **k: ran.append(a[1].numel()) or forward(*a, **k))
+    one_update(run, batch)
+    assert sum(ran) == sum(map(len, batch.prompts)) + int(batch.lengths.sum()) - PROMPTS * GROUP
 
 
 def watch_losses(monkeypatch):
@@ -270,7 +294,7 @@ def test_old_logprobs_are_those_before_any_update(monkeypatch, source):
 
 def test_metrics_are_over_all_updates_of_the_step(monkeypatch):
     """Each figure is recomputed from the calls of copo_loss, over all tokens; first and last from those updates."""
-    run = make_run(minibatch_prompts=2, lr=0.05, micro_tokens=20)
+    run = make_run(minibatch_prompts=2, lr=0.05, micro_tokens=15)
     batch = make_batch(run)
     run.optimizer = train.make_optimizer(run.model, run.args)
     calls, norms, updates = watch_losses(monkeypatch), [], []
