@@ -10,7 +10,8 @@ mathematics is refused by name, never ignored.
 
 Shapes: B rows, T tokens, R response tokens, S keys in the cache, D hidden size, H query heads, K key/value heads,
 E head size, V vocabulary, N tokens of all rows. Rows are padded on the right: causality alone hides the padding, and
-training needs no mask. What counts is told by lengths, never by token ids (pad may be the end token).
+training needs no mask. What counts is told by lengths, never by token ids (pad may be the end token). To be scored, the
+rows' tokens are laid in one line without padding, a prompt that several rows share once; only attention sees rows.
 """
 
 import json
@@ -213,13 +214,14 @@ class Attention(nn.Module):
     def inputs(self):
         return self.q_proj, self.k_proj, self.v_proj
 
-    def project(self, x):
+    def project(self, x):  # packed() puts one product in the place of these three
         return [linear(x) for linear in self.inputs()]
 
     def forward(self, x, cos, sin, cache=None, layer=None, spread=None):
         """x (B,T,D) -> (B,T,D). With a cache its `layer` takes the new keys and values, then all are read.
 
-        spread: x is (1,N,D), and its tokens are put into rows for attention alone, see Transformer.score()."""
+        spread: x is a line of tokens (1,N,D); which of them stand at each place of the rows that attention needs (B,T),
+        and at which place of B·T each token's result is found (1,N)."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.project(x))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if spread is not None:
@@ -353,8 +355,8 @@ class Transformer(nn.Module):
     def forward(self, ids, positions=None, cache=None, lengths=None, spread=None):
         """ids (B,T) -> hidden (B,T,D) after the final norm; the logits are apart, since few positions need them.
 
-        Without a cache: rows padded on the right. With one: ids follow on what its first B rows hold, and `lengths`
-        (B,) says how many of the T are real (all, if not given)."""
+        Without a cache: rows padded on the right, or a line of tokens that `spread` puts into rows (Attention). With
+        one: ids follow on what its first B rows hold, and `lengths` (B,) says how many are real (all, if not given)."""
         if cache is not None:
             cache.begin(*ids.shape, ids.shape[1] if lengths is None else lengths)
             positions = cache.positions
@@ -412,7 +414,8 @@ class Transformer(nn.Module):
     def packed(self):
         """For sampling: on a CPU each matrix once more in a layout that few rows read twice as fast.
 
-        Until the end the layers use these copies: no gradients, and no change of the weights."""
+        Matrices of the same input become one. Until the end the layers use these copies: no gradients, and no change
+        of the weights."""
         weight, blocks = self.model.norm.weight, self.model.layers
         parts = [part for block in blocks for part in (block.self_attn, block.mlp)]
         last = [linear for block in blocks for linear in (block.self_attn.o_proj, block.mlp.down_proj)]
@@ -423,7 +426,7 @@ class Transformer(nn.Module):
                 return torch.ops.mkldnn._reorder_linear_weight(matrix, batch_size=32)  # about how many rows
             return matrix.T.contiguous().T  # each column in one piece, which MKL need not turn round
 
-        def fused(linears):  # one product in place of two or three of the same input
+        def fused(linears):
             matrix = pack(torch.cat([linear.weight for linear in linears]))
             bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
             sizes = [linear.out_features for linear in linears]
