@@ -57,7 +57,7 @@ HERE = Path(__file__).resolve().parent
 # Sizes of a run. The demonstration (no --model) fits two cores and a few minutes; with --model they are the authors'.
 DEMO = {
     "data": str(HERE / "data/arithmetic_train.jsonl"), "eval_data": str(HERE / "data/arithmetic_test.jsonl"),
-    "instruction": "", "max_prompt_tokens": 64, "max_new_tokens": 64, "steps": 40, "prompts_per_step": 40,
+    "instruction": "", "max_prompt_tokens": 64, "max_new_tokens": 64, "steps": 60, "prompts_per_step": 40,
     "group_size": 6, "minibatch_prompts": 40, "rollout_batch": 0, "micro_tokens": 2048, "lr": 2e-4, "beta2": 0.95,
     "warmup_updates": 0, "sft_steps": 500, "sft_batch": 64, "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
 }  # fmt: skip
