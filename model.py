@@ -211,17 +211,17 @@ class Attention(nn.Module):
         norms = [nn.RMSNorm(head, config.rms_norm_eps) if config.model_type == "qwen3" else nn.Identity() for _ in "qk"]
         self.q_norm, self.k_norm = norms
 
-    def inputs(self):
+    def projections(self):
         return self.q_proj, self.k_proj, self.v_proj
 
     def project(self, x):  # packed() puts one product in the place of these three
-        return [linear(x) for linear in self.inputs()]
+        return [linear(x) for linear in self.projections()]
 
     def forward(self, x, cos, sin, cache=None, layer=None, spread=None):
         """x (B,T,D) -> (B,T,D). With a cache its `layer` takes the new keys and values, then all are read.
 
-        spread: x is a line of tokens (1,N,D); which of them stand at each place of the rows that attention needs (B,T),
-        and at which place of B·T each token's result is found (1,N)."""
+        spread: x is then one line of N tokens (1,N,D), put into B rows of T places for attention alone. Two indices:
+        (B,T), the token that stands at each place; (1,N), the place, of all B·T, that has each token's result."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.project(x))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if spread is not None:
@@ -249,11 +249,11 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def inputs(self):
+    def projections(self):
         return self.gate_proj, self.up_proj
 
     def project(self, x):
-        return [linear(x) for linear in self.inputs()]
+        return [linear(x) for linear in self.projections()]
 
     def forward(self, x):
         gate, up = self.project(x)
@@ -418,7 +418,7 @@ class Transformer(nn.Module):
         of the weights."""
         weight, blocks = self.model.norm.weight, self.model.layers
         parts = [part for block in blocks for part in (block.self_attn, block.mlp)]
-        last = [linear for block in blocks for linear in (block.self_attn.o_proj, block.mlp.down_proj)]
+        outputs = [linear for block in blocks for linear in (block.self_attn.o_proj, block.mlp.down_proj)]
 
         def pack(matrix):
             matrix = matrix.float() if widened(matrix) else matrix
@@ -435,8 +435,8 @@ class Transformer(nn.Module):
         try:
             if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
                 for part in parts:
-                    part.project = fused(part.inputs())
-                for linear in last:
+                    part.project = fused(part.projections())
+                for linear in outputs:
                     linear.forward = partial(product, weight=pack(linear.weight))
                 head = pack(self.head_weight())
                 self.head_weight = lambda: head
@@ -445,7 +445,7 @@ class Transformer(nn.Module):
             vars(self).pop("head_weight", None)
             for part in parts:
                 vars(part).pop("project", None)
-            for linear in last:
+            for linear in outputs:
                 vars(linear).pop("forward", None)
 
     @classmethod

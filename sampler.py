@@ -168,7 +168,7 @@ def _prefill(model, prompts):
 
 
 def _drop_done(cache, done, count):
-    """Moves the last rows in flight into the places of `count` finished ones; returns where each row left was."""
+    """Moves the last rows in flight into the places of `count` finished ones; returns where each row that stays was."""
     done = done & (done.cumsum(0) <= count)
     kept = torch.arange(int((~done).sum()), device=done.device)
     holes = done[: len(kept)].nonzero()[:, 0]

@@ -137,7 +137,7 @@ def flags():
     add("--overlong-buffer", type=positive, help="tokens over which it grows; below 1: a share of the limit")
     add = parser.add_argument_group("optimisation").add_argument
     add("--minibatch-prompts", type=count, help="prompts of one optimiser update; divides P")
-    add("--micro-tokens", type=count, help="tokens in one forward pass (one row at least; prompts shared)")
+    add("--micro-tokens", type=count, help="tokens of one forward pass, shared prompts once (one row at least)")
     add("--old-logprobs", choices=["recompute", "sampler"], help="those of a step's later updates: from a forward pass "
         "before them, or as sampled (default: sampler, but recompute in bfloat16)")  # fmt: skip
     add("--lr", type=positive, help="learning rate of AdamW")
@@ -700,14 +700,14 @@ def micro_batches(lengths, budget):
 
 
 def deal(lengths, ranks):
-    """Splits rows of `lengths` tokens over ranks, as evenly as it goes: longest first, each to the least loaded rank.
+    """Splits pieces of `lengths` tokens over ranks, as evenly as it goes: longest first, each to the least loaded rank.
 
-    At most 5 % above the mean for 16 rows a rank of lognormal lengths (σ 0.8), 8 ranks; tests/test_train_ranks.py."""
+    At most 5 % above the mean for 16 pieces a rank of lognormal lengths (σ 0.8), 8 ranks; tests/test_train_ranks.py."""
     shares, loads = [[] for _ in range(ranks)], [0] * ranks
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+    for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
         lightest = loads.index(min(loads))
-        shares[lightest].append(row)
-        loads[lightest] += lengths[row]
+        shares[lightest].append(piece)
+        loads[lightest] += lengths[piece]
     return shares
 
 
