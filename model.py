@@ -146,6 +146,10 @@ def rope_frequencies(config, device):
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 INTEL, WIDEN = "GenuineIntel" in CPU, "bf16" not in CPU
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None where torch was built without it
+# The CPU's attention with the log of each query's Σ e^score, which F.scaled_dot_product_attention keeps to itself: what
+# it takes to attend to a prompt and to what follows it apart. Devices where that is done:
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+PROMPTS_SHARED = ("cpu",)
 # oneDNN keeps a compiled product for each shape it has met, 1,024 unless told: 200 are as fast, in 0.2 GiB less.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
 
@@ -226,16 +230,13 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if spread is not None:
             q, k, v = (gather(part.flatten(0, 1), spread[0]) for part in (q, k, v))
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if cache is not None:
-            k, v = cache.write(layer, k, v)
+            cache.write(layer, torch.stack([k, v], 2))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if cache is None or cache.mask is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         else:
-            # The query heads of one key/value head stand in line as if they were its queries: (B,H,T,E) ->
-            # (B,K,H/K·T,E). The cache is then read once per key/value head and never repeated.
-            folded = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim)
-            out = F.scaled_dot_product_attention(folded, k, v, attn_mask=cache.mask).view(q.shape)
+            out = cache.attend(layer, q)
         out = out.transpose(1, 2).flatten(2)
         return self.o_proj(out if spread is None else gather(out.flatten(0, 1), spread[1]))
 
@@ -286,7 +287,10 @@ class KVCache:
     """Keys and values of every row, filled from index 0 without gaps; lengths (rows,) says how many each row holds.
 
     forward() appends to rows 0..B-1 and leaves the others alone; the cache grows as rows get longer. `longest` is an
-    upper bound of lengths that the host knows, so that nothing has to be read back from a device. No gradients."""
+    upper bound of lengths that the host knows, so that nothing has to be read back from a device. No gradients.
+
+    Rows that follow() a prompt share it on a CPU: it stays in a cache of its own, `prompts`, whose row owner (rows,) is
+    theirs, and attention reads it once for all of them. Elsewhere each of them gets a copy."""
 
     def __init__(self, config, rows, capacity=0, dtype=torch.float32, device="cpu"):
         shape = (2, rows, config.num_key_value_heads, capacity, config.head_dim)  # 2: keys, values
@@ -294,31 +298,99 @@ class KVCache:
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0
+        self.prompts, self.owner = None, torch.zeros_like(self.lengths)
 
     def begin(self, rows, tokens, lengths):
         """Makes room for `tokens` more in the first rows, of which `lengths` (rows,) are real; sets positions, mask."""
         start, self.longest = self.longest, self.longest + tokens
         self.reserve(self.longest)
-        self.positions = self.lengths[:rows, None] + torch.arange(tokens, device=self.lengths.device)
+        device = self.lengths.device
+        self.row = torch.arange(rows, device=device)[:, None]
+        self.column = self.positions = self.lengths[:rows, None] + torch.arange(tokens, device=device)
         self.lengths[:rows] += lengths
         # On an empty cache causality is mask enough. Otherwise a query sees the keys up to its own position: 0 there
         # and −inf beyond, once for each query head that shares a key/value head.
         self.mask = None
-        if start:
-            hidden = torch.arange(self.longest, device=self.lengths.device) > self.positions[:, :, None]
-            mask = torch.zeros(hidden.shape, dtype=self.layers[0].dtype, device=hidden.device)
-            self.mask = mask.masked_fill_(hidden, -torch.inf)[:, None].repeat(1, 1, self.group, 1)
+        if start or self.prompts:
+            hidden = torch.arange(self.longest, device=device) > self.column[:, :, None]
+            self.mask = self.minus_infinity(hidden[:, None]).repeat(1, 1, self.group, 1)
+        if self.prompts:
+            self.seat(rows)
+            self.positions = self.positions + self.prompts.lengths[self.owner[:rows], None]
+
+    def minus_infinity(self, hidden):
+        """0, and −inf where hidden."""
+        return hidden.new_zeros(hidden.shape, dtype=self.layers[0].dtype).masked_fill_(hidden, -torch.inf)
+
+    def seat(self, rows):
+        """Puts the rows of one prompt side by side: P prompts of `wide` seats each, place (rows,) the seat of each row,
+        sitter (P·wide,) the row in each seat (the first where there is none)."""
+        self.drop_prompts(rows)
+        count = self.owner[:rows].bincount(minlength=len(self.prompts.lengths))
+        owner, order = self.owner[:rows].sort(stable=True)
+        rank = torch.arange(rows) - (count.cumsum(0) - count)[owner]  # among those of the same prompt
+        self.wide = int(count.max())
+        self.place = torch.empty_like(order).scatter_(0, order, owner * self.wide + rank)
+        self.sitter = order.new_zeros(len(count) * self.wide).scatter_(0, self.place, self.row[:, 0])
+        hidden = torch.arange(self.prompts.longest) >= self.prompts.lengths[:, None]
+        self.prompts.mask = self.minus_infinity(hidden)[:, None, None]
 
     @torch.no_grad()
-    def write(self, layer, k, v):
-        """Stores k, v (B,K,T,E) at the positions of begin(); returns the keys and values to attend to, (B,K,S,E)."""
-        keys, values = self.layers[layer][:, : len(k), :, : self.longest]
+    def write(self, layer, pairs):
+        """Stores keys and values (B,T,2,K,E) at the positions of begin()."""
         if self.mask is None:
-            keys[:], values[:] = k, v
-            return k, v
-        row = torch.arange(len(k), device=k.device)[:, None]
-        keys[row, :, self.positions], values[row, :, self.positions] = k.transpose(1, 2), v.transpose(1, 2)
-        return keys, values
+            self.layers[layer][:, : len(pairs), :, : self.longest] = pairs.permute(2, 0, 3, 1, 4)
+        else:
+            self.layers[layer][:, self.row, :, self.column] = pairs
+
+    def attend(self, layer, q):
+        """Attention of q (B,H,T,E), of the tokens written last, to all that their rows hold and follow -> like q."""
+        keys, values = self.layers[layer][:, : len(q), :, : self.longest]
+        # The query heads of one key/value head stand in line as if they were its queries: (B,H,T,E) -> (B,K,H/K·T,E).
+        # The cache is then read once per key/value head and never repeated.
+        folded = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
+        if not self.prompts:
+            return F.scaled_dot_product_attention(folded, keys, values, attn_mask=self.mask).view(q.shape)
+        own, own_sum = FLASH(folded, keys, values, attn_mask=self.mask)
+        # And so do those of all rows of one prompt: (P,K,wide·H/K·T,E).
+        together = folded[self.sitter].unflatten(0, (-1, self.wide)).transpose(1, 2).flatten(2, 3)
+        keys, values = self.prompts.layers[layer][:, :, :, : self.prompts.longest]
+        parts = FLASH(together, keys, values, attn_mask=self.prompts.mask)
+        parts = (part.unflatten(2, (self.wide, -1)).transpose(1, 2).flatten(0, 1)[self.place] for part in parts)
+        prompt, prompt_sum = parts
+        # One softmax of the two by their logs of Σ e^score, which tell what share of the whole sum each one has.
+        share = (own_sum - prompt_sum).sigmoid_()[..., None]
+        return torch.lerp(prompt.to(share.dtype), own.to(share.dtype), share).to(q.dtype).view(q.shape)
+
+    def follow(self, prompts, owner, first):
+        """Lets row first + i begin after row owner[i] of `prompts`, a cache that becomes part of this one."""
+        rows = torch.arange(len(owner), device=owner.device) + first
+        if owner.device.type not in PROMPTS_SHARED:
+            return self.copy_rows(prompts, owner, rows)
+        if first:
+            self.drop_prompts(first)
+            self.prompts.append(prompts)
+        else:
+            self.prompts = prompts
+        self.owner[rows] = owner + len(self.prompts.lengths) - len(prompts.lengths)
+        self.lengths[rows] = 0
+
+    def drop_prompts(self, rows):
+        """Leaves out the prompts that the first rows no longer follow, once they are half of all."""
+        kept, owner = self.owner[:rows].unique(return_inverse=True)
+        if 2 * len(kept) <= len(self.prompts.lengths):
+            self.owner[:rows], self.prompts.lengths = owner, self.prompts.lengths[kept]
+            for i, layer in enumerate(self.prompts.layers):
+                self.prompts.layers[i] = layer[:, kept]
+
+    def append(self, other):
+        """Takes in another cache's rows behind its own."""
+        rows, self.longest = len(self.lengths), max(self.longest, other.longest)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        for i, (ours, theirs) in enumerate(zip(self.layers, other.layers)):
+            self.layers[i] = ours.new_zeros(2, len(self.lengths), ours.shape[2], self.longest, ours.shape[4])
+            self.layers[i][:, :rows, :, : ours.shape[3]] = ours
+            self.layers[i][:, rows:, :, : theirs.shape[3]] = theirs
 
     def copy_rows(self, source, source_rows, target_rows):
         """Copies rows of `source` (this cache or another) into rows of this one, such as a prompt to its group."""
@@ -327,6 +399,7 @@ class KVCache:
         for ours, theirs in zip(self.layers, source.layers):
             ours[:, target_rows, :, : source.longest] = theirs[:, source_rows, :, : source.longest]
         self.lengths[target_rows] = source.lengths[source_rows]
+        self.owner[target_rows] = source.owner[source_rows]
 
     def reserve(self, capacity):
         """Room for `capacity` tokens a row at least, in blocks: growth then costs little and wastes little."""

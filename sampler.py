@@ -2,10 +2,11 @@
 
     samples = sample(model, prompts, group_size=8, max_new_tokens=256, stop_ids=[2], seed=0, step=17)
 
-Each prompt is run through the model once and its cache copied to its group; finished rows leave the batch and waiting
-prompts take their place. The noise behind a token is a hash of (seed, step, data row, sample, position) and of nothing
-else, so that neither batching nor the number of ranks changes what is drawn. Log-probs are those of the distribution
-that was sampled from. Dropped: beams, penalties, and what generation_config.json says, except for its stop ids.
+Each prompt is run through the model once and its cache shared by its group (on a GPU: copied to it); finished rows
+leave the batch and waiting prompts take their place. The noise behind a token is a hash of (seed, step, data row,
+sample, position) and of nothing else, so that neither batching nor the number of ranks changes what is drawn. Log-probs
+are those of the distribution that was sampled from. Dropped: beams, penalties, and what generation_config.json says,
+except for its stop ids.
 
 Shapes: P prompts, G group size, B = P·G rows in prompt order (row i·G + j is sample j of prompt i), R response tokens,
 V vocabulary, n rows in flight.
@@ -20,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from model import CACHE_BLOCK, KVCache, model_directory
+from model import CACHE_BLOCK, PROMPTS_SHARED, KVCache, model_directory
 
-PREFILL_TOKENS = 4096  # padded prompt tokens in one forward pass
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 4096}  # padded prompt tokens in one forward pass; few stay in a CPU's caches
 STOP_CHECK = {"cpu": 1, "cuda": 8}  # tokens between two looks at the finished flags; a look makes a GPU run dry
 MASK64 = 2**64 - 1
 
@@ -116,16 +117,18 @@ def draw(logits, noise, temperature=1.0, top_p=1.0, top_k=0):
     return token, logprob.to(logits.dtype)
 
 
-def rows_that_fit(config, dtype, prompt_tokens, max_new_tokens, memory):
+def rows_that_fit(config, dtype, prompt_tokens, max_new_tokens, memory, device="cpu"):
     """How many rows of the longest prompt and response sample() can hold in flight in `memory` bytes of cache.
 
-    Counted: every row at its full length, one layer twice (it is copied as it grows), and a prefill beside them."""
+    Counted: every row at its full length, though its group may share the prompt, one layer twice (it is copied as it
+    grows), and a prefill beside them."""
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    row = token * -(-(prompt_tokens + max_new_tokens) // CACHE_BLOCK) * CACHE_BLOCK
+    apart = prompt_tokens if device in PROMPTS_SHARED else 0  # where the cache of prompts is one of its own
+    row = token * (apart + -(-(prompt_tokens - apart + max_new_tokens) // CACHE_BLOCK) * CACHE_BLOCK)
     row += -(-row // config.num_hidden_layers)
     # A prefill holds a prompt for each row at most, and no more than its budget of tokens if there are many.
     few = memory // (row + token * prompt_tokens)
-    many = (memory - token * max(PREFILL_TOKENS, prompt_tokens)) // row
+    many = (memory - token * max(PREFILL_TOKENS[device], prompt_tokens)) // row
     if max(few, many) < 1:
         needed = (row + token * prompt_tokens) / 2**30
         raise ValueError(f"a cache of {memory / 2**30:.3g} GiB holds no row: one of {prompt_tokens} prompt and"
@@ -142,12 +145,12 @@ def _waiting(prompts, max_rows, group_size):
     return deque((i, j, min(piece, group_size - j)) for i in order for j in range(0, group_size, piece))
 
 
-def _take(waiting, prompts, free):
-    """The next work off the list that fits into `free` rows and, past the first prompt, into one prefill's tokens."""
+def _take(waiting, prompts, free, budget):
+    """The next work off the list that fits into `free` rows and, past the first prompt, into a budget of tokens."""
     work = []
     while waiting and waiting[0][2] <= free:
         padded = (len(work) + 1) * len(prompts[work[0][0] if work else waiting[0][0]])
-        if work and padded > PREFILL_TOKENS:
+        if work and padded > budget:
             break
         work.append(waiting.popleft())
         free -= work[-1][2]
@@ -222,7 +225,8 @@ def sample(
     device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
     max_rows, width = min(max_rows or total_rows, total_rows), max(limits)
     if max_memory:
-        max_rows = min(max_rows, rows_that_fit(model.config, dtype, max(map(len, prompts)), width, max_memory))
+        fitting = rows_that_fit(model.config, dtype, max(map(len, prompts)), width, max_memory, device.type)
+        max_rows = min(max_rows, fitting)
     # One column more than a response can need: finished rows write there until they leave the batch.
     tokens = torch.zeros(total_rows, width + 1, dtype=torch.long, device=device)
     logprobs = torch.zeros(total_rows, width + 1, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -252,12 +256,12 @@ def sample(
         while waiting or len(row):
             # A prefill holds up all rows in flight: it waits until a quarter of them stand free, and fills them all.
             if waiting and max_rows - len(row) >= max(max_rows // 4, waiting[0][2]):
-                while work := _take(waiting, prompts, max_rows - len(row)):
+                while work := _take(waiting, prompts, max_rows - len(row), PREFILL_TOKENS[device.type]):
                     with clock("prefill"):
                         prefilled, hidden = _prefill(model, [prompts[i] for i, _, _ in work])
                     pairs = [(k, i * group_size + j + m) for k, (i, j, count) in enumerate(work) for m in range(count)]
                     origin, new = torch.tensor(pairs, device=device).unbind(1)
-                    cache.copy_rows(prefilled, origin, torch.arange(len(new), device=device) + len(row))
+                    cache.follow(prefilled, origin, len(row))
                     undone = torch.zeros(len(new), dtype=torch.bool, device=device)
                     new_token, new_done = record(model.logits(hidden)[origin], new, undone)
                     row, token, done = torch.cat([row, new]), torch.cat([token, new_token]), torch.cat([done, new_done])

@@ -300,7 +300,7 @@ def memory_plan(config, args, ranks):
     rows = min(rows, args.rollout_batch or rows)
     if args.rollout_memory:
         limits, memory = (args.max_prompt_tokens, args.max_new_tokens), int(args.rollout_memory * 2**30)
-        rows = min(rows, rows_that_fit(config, DTYPES[args.dtype], *limits, memory))
+        rows = min(rows, rows_that_fit(config, DTYPES[args.dtype], *limits, memory, args.device))
     # Numbers a token leaves in a layer: inputs of two norms, of q/k/v, of o_proj and of gate/up; gate, silu(gate), up
     # and their product; and q, k, v and what attention gives, once more for every row that shares the token's prompt.
     rows_of_token = args.group_size * longest / (args.max_prompt_tokens + args.group_size * args.max_new_tokens)

@@ -354,6 +354,52 @@ def test_cache_in_pieces_equals_one_pass(kind):
     torch.testing.assert_close(hidden[0, 0], whole[2, 138], atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("dtype,limit", [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rows_that_share_a_prompt_equal_one_pass(kind, dtype, limit):
+    """Rows in any order behind their prompts, several tokens at once, rows that leave and prompts with none left, and
+    longer prompts that join while others are under way."""
+    config = random_config(kind, True, 4)
+    model = Transformer.from_config(config, dtype=dtype)
+    torch.manual_seed(0)
+    rows = []  # what each row in flight holds, in all
+
+    def prompts(*lengths):
+        made = KVCache(model.config, len(lengths), max(lengths), dtype)
+        ids = random_ids(config, len(lengths), max(lengths))
+        model(ids, cache=made, lengths=torch.tensor(lengths))
+        return made, [row[:n] for row, n in zip(ids, lengths)]
+
+    def step(width):
+        new = random_ids(config, len(rows), width)
+        rows[:] = [torch.cat(pair) for pair in zip(rows, new)]
+        hidden = model(new, cache=cache)
+        for row, ours in zip(rows, hidden):
+            torch.testing.assert_close(ours, model(row[None])[0, -width:], atol=limit, rtol=0)
+
+    def keep(*kept):
+        cache.copy_rows(cache, torch.tensor(kept), torch.arange(len(kept)))
+        rows[:] = [rows[i] for i in kept]
+
+    cache = KVCache(model.config, 8, dtype=dtype)
+    first, ids = prompts(5, 11, 1, 8)
+    owners = [1, 0, 1, 3, 2, 1]
+    cache.follow(first, torch.tensor(owners), 0)
+    rows += [ids[i] for i in owners]
+    step(1), step(3)
+    keep(0, 5, 3, 2)  # prompts 0 and 2 have none left: half of all
+    step(1)
+    assert len(cache.prompts.lengths) == 2
+    more, ids = prompts(20, 3, 6)
+    cache.follow(more, torch.tensor([2, 0, 2]), 4)
+    rows += [ids[2], ids[0], ids[2]]
+    step(1), step(130)
+    assert cache.owner[:7].tolist() == [0, 0, 1, 0, 4, 2, 4] and cache.layers[0].shape[3] == 256
+    keep(6)
+    step(2)
+    assert len(cache.prompts.lengths) == 1
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_bf16_is_close_to_transformers_bf16(tmp_path, kind):
     config = random_config(kind, False, 5) | {"initializer_range": 0.1, "max_position_embeddings": 600}

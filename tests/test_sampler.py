@@ -16,6 +16,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import model as model_file
 import sampler
 from model import Transformer
 from sampler import draw, encode_prompt, load_tokenizer, noise_key, rows_that_fit, sample, stop_token_ids, uniform
@@ -185,9 +186,12 @@ def test_float64_tokens_do_not_depend_on_batching(monkeypatch, options):
     width = part.tokens.shape[1]
     assert_same(part, sampler.Samples(*(x[picked, :width] if x.ndim == 2 else x[picked] for x in whole)))
     # Prefills of other sizes, and finished rows that linger as they do on a GPU.
-    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 20)
+    monkeypatch.setitem(sampler.PREFILL_TOKENS, "cpu", 20)
     assert_same(sample(model, prompts, 5, 30, **options), whole)
     monkeypatch.setitem(sampler.STOP_CHECK, "cpu", 7)
+    assert_same(sample(model, prompts, 5, 30, max_rows=12, **options), whole)
+    # And a copy of the prompt in each row, as on a GPU.
+    monkeypatch.setattr(model_file, "PROMPTS_SHARED", ())
     assert_same(sample(model, prompts, 5, 30, max_rows=12, **options), whole)
 
 
@@ -347,7 +351,7 @@ def test_waiting_prompts_take_the_places_of_finished_rows(monkeypatch):
 def test_the_cache_stays_within_its_memory(monkeypatch):
     """Bytes of all living caches, whenever one is made or grows; without the bound they are more than it allows."""
     model, seen, living = tiny(), [], weakref.WeakSet()
-    init, reserve = sampler.KVCache.__init__, sampler.KVCache.reserve
+    init, reserve, append = sampler.KVCache.__init__, sampler.KVCache.reserve, sampler.KVCache.append
 
     def held():
         return sum(layer.nbytes for cache in living for layer in cache.layers)
@@ -362,6 +366,12 @@ def test_the_cache_stays_within_its_memory(monkeypatch):
         reserve(self, capacity)
         seen.append(held() + (old if held() > before else 0))  # the last layer to grow, before its old copy goes
 
+    def watched_append(self, other):
+        old = self.layers[-1].nbytes
+        append(self, other)
+        seen.append(held() + old)
+
+    monkeypatch.setattr(sampler.KVCache, "append", watched_append)
     monkeypatch.setattr(sampler.KVCache, "__init__", watched_init)
     monkeypatch.setattr(sampler.KVCache, "reserve", watched_reserve)
     prompts, limits = ragged_prompts([30] * 12), [120 + b % 7 for b in range(48)]
@@ -373,18 +383,36 @@ def test_the_cache_stays_within_its_memory(monkeypatch):
         assert torch.equal(bounded.lengths, whole.lengths) and memory * 0.4 < max(seen) <= memory < peak
 
 
+def test_a_prompt_is_held_once_for_its_group(monkeypatch):
+    """Numbers in the cache at its fullest: 3 prompts of 250 tokens, and 24 rows of 20 in blocks of 128."""
+    fullest, attend = [0], sampler.KVCache.attend
+
+    def watched(self, layer, q):
+        fullest.append(sum(part.numel() for cache in (self, self.prompts) for part in cache.layers))
+        return attend(self, layer, q)
+
+    monkeypatch.setattr(sampler.KVCache, "attend", watched)
+    sample(tiny(), ragged_prompts([250, 240, 230]), 8, 20)
+    token = 2 * 2 * 2 * 4  # layers, keys and values, heads, their size
+    assert max(fullest) == token * (3 * 250 + 24 * 128)
+
+
+@pytest.mark.parametrize("device,tokens,gib", [("cpu", 30 + 128, "3.18"), ("cuda", 256, "4.94")])
 @pytest.mark.parametrize("budget", [40, 4096])
-def test_rows_that_fit(monkeypatch, budget):
-    """By hand: 2 layers of 2 heads of 4 float32 keys and values are 128 bytes a token; 30 + 120 tokens take 256."""
-    monkeypatch.setattr(sampler, "PREFILL_TOKENS", budget)
-    config, row = tiny().config, 128 * 256 * 3 // 2  # one of the two layers twice
+def test_rows_that_fit(monkeypatch, budget, device, tokens, gib):
+    """By hand: 2 layers of 2 heads of 4 float32 keys and values are 128 bytes a token. Prompts of 30 are held as they
+    are where rows share them; responses of 120, or both together, in blocks of 128."""
+    monkeypatch.setitem(sampler.PREFILL_TOKENS, device, budget)
+    config, row = tiny().config, 128 * tokens * 3 // 2  # one of the two layers twice
     one = row + 128 * 30
-    assert rows_that_fit(config, torch.float32, 30, 120, one) == 1
-    assert rows_that_fit(config, torch.float32, 30, 120, 10 * row + 128 * min(budget, 300)) == 10
-    assert rows_that_fit(config, torch.float32, 30, 120, 10 * row + 128 * min(budget, 300) - 1) == 9
-    assert rows_that_fit(config, torch.bfloat16, 30, 120, one) == 2
-    with pytest.raises(ValueError, match=r"holds no row: one of 30 prompt and 120 new tokens needs 4\.94e-05 GiB"):
-        rows_that_fit(config, torch.float32, 30, 120, one - 1)
+    assert rows_that_fit(config, torch.float32, 30, 120, one, device) == 1
+    assert rows_that_fit(config, torch.float32, 30, 120, 10 * row + 128 * min(budget, 300), device) == 10
+    assert rows_that_fit(config, torch.float32, 30, 120, 10 * row + 128 * min(budget, 300) - 1, device) == 9
+    assert rows_that_fit(config, torch.bfloat16, 30, 120, one, device) == 2
+    with pytest.raises(ValueError, match=rf"holds no row: one of 30 prompt and 120 new tokens needs {gib}e-05 GiB"):
+        rows_that_fit(config, torch.float32, 30, 120, one - 1, device)
+    if device == "cuda":
+        return
     with pytest.raises(ValueError, match="holds no row"):
         sample(tiny(), [[1] * 30], 2, 120, max_memory=one - 1)
     assert sample(tiny(), [[1] * 30], 2, 120, max_memory=one).lengths.tolist() == [120, 120]
