@@ -325,7 +325,7 @@ class KVCache:
     def seat(self, rows):
         """Puts the rows of one prompt side by side: P prompts of `wide` seats each, place (rows,) the seat of each row,
         sitter (P·wide,) the row in each seat (the first where there is none)."""
-        self.drop_prompts(rows)
+        self.drop_prompts(rows, least=(len(self.prompts.lengths) + 1) // 2)
         count = self.owner[:rows].bincount(minlength=len(self.prompts.lengths))
         owner, order = self.owner[:rows].sort(stable=True)
         rank = torch.arange(rows) - (count.cumsum(0) - count)[owner]  # among those of the same prompt
@@ -353,11 +353,11 @@ class KVCache:
             return F.scaled_dot_product_attention(folded, keys, values, attn_mask=self.mask).view(q.shape)
         own, own_sum = FLASH(folded, keys, values, attn_mask=self.mask)
         # And so do those of all rows of one prompt: (P,K,wide·H/K·T,E).
-        together = folded[self.sitter].unflatten(0, (-1, self.wide)).transpose(1, 2).flatten(2, 3)
+        together = folded.index_select(0, self.sitter).unflatten(0, (-1, self.wide)).transpose(1, 2).flatten(2, 3)
         keys, values = self.prompts.layers[layer][:, :, :, : self.prompts.longest]
         parts = FLASH(together, keys, values, attn_mask=self.prompts.mask)
-        parts = (part.unflatten(2, (self.wide, -1)).transpose(1, 2).flatten(0, 1)[self.place] for part in parts)
-        prompt, prompt_sum = parts
+        parts = (part.unflatten(2, (self.wide, -1)).transpose(1, 2).flatten(0, 1) for part in parts)
+        prompt, prompt_sum = (part.index_select(0, self.place) for part in parts)
         # One softmax of the two by their logs of Σ e^score, which tell what share of the whole sum each one has.
         share = (own_sum - prompt_sum).sigmoid_()[..., None]
         return torch.lerp(prompt.to(share.dtype), own.to(share.dtype), share).to(q.dtype).view(q.shape)
@@ -368,17 +368,17 @@ class KVCache:
         if owner.device.type not in PROMPTS_SHARED:
             return self.copy_rows(prompts, owner, rows)
         if first:
-            self.drop_prompts(first)
+            self.drop_prompts(first, least=1)
             self.prompts.append(prompts)
         else:
             self.prompts = prompts
         self.owner[rows] = owner + len(self.prompts.lengths) - len(prompts.lengths)
         self.lengths[rows] = 0
 
-    def drop_prompts(self, rows):
-        """Leaves out the prompts that the first rows no longer follow, once they are half of all."""
+    def drop_prompts(self, rows, least):
+        """Leaves out the prompts that the first rows no longer follow, if there are so many."""
         kept, owner = self.owner[:rows].unique(return_inverse=True)
-        if 2 * len(kept) <= len(self.prompts.lengths):
+        if len(self.prompts.lengths) - len(kept) >= least:
             self.owner[:rows], self.prompts.lengths = owner, self.prompts.lengths[kept]
             for i, layer in enumerate(self.prompts.layers):
                 self.prompts.layers[i] = layer[:, kept]

@@ -354,7 +354,7 @@ def test_cache_in_pieces_equals_one_pass(kind):
     torch.testing.assert_close(hidden[0, 0], whole[2, 138], atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("dtype,limit", [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("dtype,limit", [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_rows_that_share_a_prompt_equal_one_pass(kind, dtype, limit):
     """Rows in any order behind their prompts, several tokens at once, rows that leave and prompts with none left, and
@@ -375,7 +375,7 @@ def test_rows_that_share_a_prompt_equal_one_pass(kind, dtype, limit):
         rows[:] = [torch.cat(pair) for pair in zip(rows, new)]
         hidden = model(new, cache=cache)
         for row, ours in zip(rows, hidden):
-            torch.testing.assert_close(ours, model(row[None])[0, -width:], atol=limit, rtol=0)
+            assert (ours - model(row[None])[0, -width:]).float().square().mean().sqrt() < limit
 
     def keep(*kept):
         cache.copy_rows(cache, torch.tensor(kept), torch.arange(len(kept)))
