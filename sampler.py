@@ -2,11 +2,11 @@
 
     samples = sample(model, prompts, group_size=8, max_new_tokens=256, stop_ids=[2], seed=0, step=17)
 
-Each prompt is run through the model once and its cache shared by its group (on a GPU: copied to it); finished rows
-leave the batch and waiting prompts take their place. The noise behind a token is a hash of (seed, step, data row,
-sample, position) and of nothing else, so that neither batching nor the number of ranks changes what is drawn. Log-probs
-are those of the distribution that was sampled from. Dropped: beams, penalties, and what generation_config.json says,
-except for its stop ids.
+Each prompt is run through the model once and its cache copied to its group, or shared by it; finished rows leave the
+batch and waiting prompts take their place. The noise behind a token is a hash of (seed, step, data row, sample,
+position) and of nothing else, so that neither batching nor the number of ranks changes what is drawn. Log-probs are
+those of the distribution that was sampled from. Dropped: beams, penalties, and what generation_config.json says, except
+for its stop ids.
 
 Shapes: P prompts, G group size, B = P·G rows in prompt order (row i·G + j is sample j of prompt i), R response tokens,
 V vocabulary, n rows in flight.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from model import CACHE_BLOCK, PROMPTS_SHARED, KVCache, model_directory
+from model import CACHE_BLOCK, KVCache, model_directory, shares_prompts
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 4096}  # padded prompt tokens in one forward pass; few stay in a CPU's caches
 STOP_CHECK = {"cpu": 1, "cuda": 8}  # tokens between two looks at the finished flags; a look makes a GPU run dry
@@ -120,10 +120,10 @@ def draw(logits, noise, temperature=1.0, top_p=1.0, top_k=0):
 def rows_that_fit(config, dtype, prompt_tokens, max_new_tokens, memory, device="cpu"):
     """How many rows of the longest prompt and response sample() can hold in flight in `memory` bytes of cache.
 
-    Counted: every row at its full length, though its group may share the prompt, one layer twice (it is copied as it
+    Counted: every row at its full length, even where its group shares the prompt, one layer twice (it is copied as it
     grows), and a prefill beside them."""
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    apart = prompt_tokens if device in PROMPTS_SHARED else 0  # where the cache of prompts is one of its own
+    apart = prompt_tokens if shares_prompts(device, prompt_tokens) else 0  # in a cache of its own
     row = token * (apart + -(-(prompt_tokens - apart + max_new_tokens) // CACHE_BLOCK) * CACHE_BLOCK)
     row += -(-row // config.num_hidden_layers)
     # A prefill holds a prompt for each row at most, and no more than its budget of tokens if there are many.
@@ -223,10 +223,10 @@ def sample(
         raise ValueError(f"rows names {len(rows)} data rows for {len(prompts)} prompts")
 
     device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
-    max_rows, width = min(max_rows or total_rows, total_rows), max(limits)
+    max_rows, width, longest = min(max_rows or total_rows, total_rows), max(limits), max(map(len, prompts))
+    share = shares_prompts(device.type, longest)
     if max_memory:
-        fitting = rows_that_fit(model.config, dtype, max(map(len, prompts)), width, max_memory, device.type)
-        max_rows = min(max_rows, fitting)
+        max_rows = min(max_rows, rows_that_fit(model.config, dtype, longest, width, max_memory, device.type))
     # One column more than a response can need: finished rows write there until they leave the batch.
     tokens = torch.zeros(total_rows, width + 1, dtype=torch.long, device=device)
     logprobs = torch.zeros(total_rows, width + 1, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -261,7 +261,7 @@ def sample(
                         prefilled, hidden = _prefill(model, [prompts[i] for i, _, _ in work])
                     pairs = [(k, i * group_size + j + m) for k, (i, j, count) in enumerate(work) for m in range(count)]
                     origin, new = torch.tensor(pairs, device=device).unbind(1)
-                    cache.follow(prefilled, origin, len(row))
+                    cache.follow(prefilled, origin, len(row), share)
                     undone = torch.zeros(len(new), dtype=torch.bool, device=device)
                     new_token, new_done = record(model.logits(hidden)[origin], new, undone)
                     row, token, done = torch.cat([row, new]), torch.cat([token, new_token]), torch.cat([done, new_done])

@@ -384,14 +384,14 @@ def test_rows_that_share_a_prompt_equal_one_pass(kind, dtype, limit):
     cache = KVCache(model.config, 8, dtype=dtype)
     first, ids = prompts(5, 11, 1, 8)
     owners = [1, 0, 1, 3, 2, 1]
-    cache.follow(first, torch.tensor(owners), 0)
+    cache.follow(first, torch.tensor(owners), 0, share=True)
     rows += [ids[i] for i in owners]
     step(1), step(3)
     keep(0, 5, 3, 2)  # prompts 0 and 2 have none left: half of all
     step(1)
     assert len(cache.prompts.lengths) == 2
     more, ids = prompts(20, 3, 6)
-    cache.follow(more, torch.tensor([2, 0, 2]), 4)
+    cache.follow(more, torch.tensor([2, 0, 2]), 4, share=True)
     rows += [ids[2], ids[0], ids[2]]
     step(1), step(130)
     assert cache.owner[:7].tolist() == [0, 0, 1, 0, 4, 2, 4] and cache.layers[0].shape[3] == 256

@@ -190,9 +190,10 @@ def test_float64_tokens_do_not_depend_on_batching(monkeypatch, options):
     assert_same(sample(model, prompts, 5, 30, **options), whole)
     monkeypatch.setitem(sampler.STOP_CHECK, "cpu", 7)
     assert_same(sample(model, prompts, 5, 30, max_rows=12, **options), whole)
-    # And a copy of the prompt in each row, as on a GPU.
-    monkeypatch.setattr(model_file, "PROMPTS_SHARED", ())
-    assert_same(sample(model, prompts, 5, 30, max_rows=12, **options), whole)
+    # And prompts that are shared by their groups.
+    monkeypatch.setitem(model_file.SHARE_PROMPTS_FROM, "cpu", 0)
+    for max_rows in (3, 12, 0):
+        assert_same(sample(model, prompts, 5, 30, max_rows=max_rows, **options), whole)
 
 
 def test_float32_tokens_hardly_depend_on_batching():
@@ -348,8 +349,10 @@ def test_waiting_prompts_take_the_places_of_finished_rows(monkeypatch):
     assert sum(width == 1 for _, width in passes) == 99
 
 
-def test_the_cache_stays_within_its_memory(monkeypatch):
+@pytest.mark.parametrize("share_from", [0, 96])
+def test_the_cache_stays_within_its_memory(monkeypatch, share_from):
     """Bytes of all living caches, whenever one is made or grows; without the bound they are more than it allows."""
+    monkeypatch.setitem(model_file.SHARE_PROMPTS_FROM, "cpu", share_from)
     model, seen, living = tiny(), [], weakref.WeakSet()
     init, reserve, append = sampler.KVCache.__init__, sampler.KVCache.reserve, sampler.KVCache.append
 
@@ -403,6 +406,7 @@ def test_rows_that_fit(monkeypatch, budget, device, tokens, gib):
     """By hand: 2 layers of 2 heads of 4 float32 keys and values are 128 bytes a token. Prompts of 30 are held as they
     are where rows share them; responses of 120, or both together, in blocks of 128."""
     monkeypatch.setitem(sampler.PREFILL_TOKENS, device, budget)
+    monkeypatch.setitem(model_file.SHARE_PROMPTS_FROM, "cpu", 30)
     config, row = tiny().config, 128 * tokens * 3 // 2  # one of the two layers twice
     one = row + 128 * 30
     assert rows_that_fit(config, torch.float32, 30, 120, one, device) == 1
