@@ -305,6 +305,7 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0
         self.prompts, self.owner = None, torch.zeros_like(self.lengths)
+        self.seated = 0  # the first rows that seat() has placed, 0 once any of them may follow another prompt
 
     def begin(self, rows, tokens, lengths):
         """Makes room for `tokens` more in the first rows, of which `lengths` (rows,) are real; sets positions, mask."""
@@ -321,7 +322,8 @@ class KVCache:
             hidden = torch.arange(self.longest, device=device) > self.column[:, :, None]
             self.mask = self.minus_infinity(hidden[:, None]).repeat(1, 1, self.group, 1)
         if self.prompts:
-            self.seat(rows)
+            if self.seated != rows:
+                self.seat(rows)
             self.positions = self.positions + self.prompts.lengths[self.owner[:rows], None]
 
     def minus_infinity(self, hidden):
@@ -340,6 +342,7 @@ class KVCache:
         self.sitter = order.new_zeros(len(count) * self.wide).scatter_(0, self.place, self.row[:, 0])
         hidden = torch.arange(self.prompts.longest) >= self.prompts.lengths[:, None]
         self.prompts.mask = self.minus_infinity(hidden)[:, None, None]
+        self.seated = rows
 
     @torch.no_grad()
     def write(self, layer, pairs):
@@ -380,7 +383,7 @@ class KVCache:
         else:
             self.prompts = prompts
         self.owner[rows] = owner + len(self.prompts.lengths) - len(prompts.lengths)
-        self.lengths[rows] = 0
+        self.lengths[rows] = self.seated = 0
 
     def drop_prompts(self, rows, least):
         """Leaves out the prompts that the first rows no longer follow, if there are so many."""
@@ -407,6 +410,7 @@ class KVCache:
             ours[:, target_rows, :, : source.longest] = theirs[:, source_rows, :, : source.longest]
         self.lengths[target_rows] = source.lengths[source_rows]
         self.owner[target_rows] = source.owner[source_rows]
+        self.seated = 0
 
     def reserve(self, capacity):
         """Room for `capacity` tokens a row at least, in blocks: growth then costs little and wastes little."""

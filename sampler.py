@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from model import CACHE_BLOCK, KVCache, model_directory, shares_prompts
 
-PREFILL_TOKENS = {"cpu": 1024, "cuda": 4096}  # padded prompt tokens in one forward pass; few stay in a CPU's caches
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 4096}  # padded prompt tokens in one forward pass: few fit a CPU's caches
 STOP_CHECK = {"cpu": 1, "cuda": 8}  # tokens between two looks at the finished flags; a look makes a GPU run dry
 MASK64 = 2**64 - 1
 
@@ -121,10 +121,11 @@ def rows_that_fit(config, dtype, prompt_tokens, max_new_tokens, memory, device="
     """How many rows of the longest prompt and response sample() can hold in flight in `memory` bytes of cache.
 
     Counted: every row at its full length, even where its group shares the prompt, one layer twice (it is copied as it
-    grows), and a prefill beside them."""
+    grows), and a prefill beside them. No fewer fit if prompts turn out shorter, and so are copied instead of shared."""
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    apart = prompt_tokens if shares_prompts(device, prompt_tokens) else 0  # in a cache of its own
-    row = token * (apart + -(-(prompt_tokens - apart + max_new_tokens) // CACHE_BLOCK) * CACHE_BLOCK)
+    together, alone = (-(-n // CACHE_BLOCK) * CACHE_BLOCK for n in (prompt_tokens + max_new_tokens, max_new_tokens))
+    apart = prompt_tokens + alone if shares_prompts(device, prompt_tokens) else 0
+    row = token * max(together, apart)
     row += -(-row // config.num_hidden_layers)
     # A prefill holds a prompt for each row at most, and no more than its budget of tokens if there are many.
     few = memory // (row + token * prompt_tokens)

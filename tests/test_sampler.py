@@ -349,8 +349,8 @@ def test_waiting_prompts_take_the_places_of_finished_rows(monkeypatch):
     assert sum(width == 1 for _, width in passes) == 99
 
 
-@pytest.mark.parametrize("share_from", [0, 96])
-def test_the_cache_stays_within_its_memory(monkeypatch, share_from):
+@pytest.mark.parametrize("share_from,limit", [(96, 120), (0, 90)])
+def test_the_cache_stays_within_its_memory(monkeypatch, share_from, limit):
     """Bytes of all living caches, whenever one is made or grows; without the bound they are more than it allows."""
     monkeypatch.setitem(model_file.SHARE_PROMPTS_FROM, "cpu", share_from)
     model, seen, living = tiny(), [], weakref.WeakSet()
@@ -377,7 +377,7 @@ def test_the_cache_stays_within_its_memory(monkeypatch, share_from):
     monkeypatch.setattr(sampler.KVCache, "append", watched_append)
     monkeypatch.setattr(sampler.KVCache, "__init__", watched_init)
     monkeypatch.setattr(sampler.KVCache, "reserve", watched_reserve)
-    prompts, limits = ragged_prompts([30] * 12), [120 + b % 7 for b in range(48)]
+    prompts, limits = ragged_prompts([30] * 12), [limit + b % 7 for b in range(48)]
     whole = sample(model, prompts, 4, limits)
     peak = max(seen)
     for memory in (peak // 2, peak // 9):
@@ -400,26 +400,28 @@ def test_a_prompt_is_held_once_for_its_group(monkeypatch):
     assert max(fullest) == token * (3 * 250 + 24 * 128)
 
 
-@pytest.mark.parametrize("device,tokens,gib", [("cpu", 30 + 128, "3.18"), ("cuda", 256, "4.94")])
+@pytest.mark.parametrize(
+    "device,new,tokens,gib", [("cpu", 98, 30 + 128, "3.18"), ("cpu", 120, 256, "4.94"), ("cuda", 120, 256, "4.94")]
+)
 @pytest.mark.parametrize("budget", [40, 4096])
-def test_rows_that_fit(monkeypatch, budget, device, tokens, gib):
-    """By hand: 2 layers of 2 heads of 4 float32 keys and values are 128 bytes a token. Prompts of 30 are held as they
-    are where rows share them; responses of 120, or both together, in blocks of 128."""
+def test_rows_that_fit(monkeypatch, budget, device, new, tokens, gib):
+    """By hand: 2 layers of 2 heads of 4 float32 keys and values are 128 bytes a token. A shared prompt of 30 is held as
+    it is, a response, or both together, in blocks of 128; the larger of the two counts, for shorter ones are copied."""
     monkeypatch.setitem(sampler.PREFILL_TOKENS, device, budget)
     monkeypatch.setitem(model_file.SHARE_PROMPTS_FROM, "cpu", 30)
     config, row = tiny().config, 128 * tokens * 3 // 2  # one of the two layers twice
     one = row + 128 * 30
-    assert rows_that_fit(config, torch.float32, 30, 120, one, device) == 1
-    assert rows_that_fit(config, torch.float32, 30, 120, 10 * row + 128 * min(budget, 300), device) == 10
-    assert rows_that_fit(config, torch.float32, 30, 120, 10 * row + 128 * min(budget, 300) - 1, device) == 9
-    assert rows_that_fit(config, torch.bfloat16, 30, 120, one, device) == 2
-    with pytest.raises(ValueError, match=rf"holds no row: one of 30 prompt and 120 new tokens needs {gib}e-05 GiB"):
-        rows_that_fit(config, torch.float32, 30, 120, one - 1, device)
+    assert rows_that_fit(config, torch.float32, 30, new, one, device) == 1
+    assert rows_that_fit(config, torch.float32, 30, new, 10 * row + 128 * min(budget, 300), device) == 10
+    assert rows_that_fit(config, torch.float32, 30, new, 10 * row + 128 * min(budget, 300) - 1, device) == 9
+    assert rows_that_fit(config, torch.bfloat16, 30, new, one, device) == 2
+    with pytest.raises(ValueError, match=rf"holds no row: one of 30 prompt and {new} new tokens needs {gib}e-05 GiB"):
+        rows_that_fit(config, torch.float32, 30, new, one - 1, device)
     if device == "cuda":
         return
     with pytest.raises(ValueError, match="holds no row"):
-        sample(tiny(), [[1] * 30], 2, 120, max_memory=one - 1)
-    assert sample(tiny(), [[1] * 30], 2, 120, max_memory=one).lengths.tolist() == [120, 120]
+        sample(tiny(), [[1] * 30], 2, new, max_memory=one - 1)
+    assert sample(tiny(), [[1] * 30], 2, new, max_memory=one).lengths.tolist() == [new, new]
 
 
 def test_a_callback_can_end_the_sampling():
