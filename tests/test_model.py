@@ -395,6 +395,12 @@ def test_rows_that_share_a_prompt_equal_one_pass(kind, dtype, limit):
     rows += [ids[2], ids[0], ids[2]]
     step(1), step(130)
     assert cache.owner[:7].tolist() == [0, 0, 1, 0, 4, 2, 4] and cache.layers[0].shape[3] == 256
+    keep(6, 5, 4, 3, 2, 1, 0)  # as many rows as before, behind other prompts
+    step(1)
+    more, ids = prompts(4, 9)
+    cache.follow(more, torch.tensor([1, 0]), 5, share=True)
+    rows[5:] = [ids[1], ids[0]]
+    step(1)
     keep(6)
     step(2)
     assert len(cache.prompts.lengths) == 1
