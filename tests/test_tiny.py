@@ -10,9 +10,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-sys.path.append(str(DATA))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
 import make_tiny
+
+DATA = Path(make_tiny.__file__).parent
 
 
 def test_the_script_makes_the_files_again_byte_for_byte(tmp_path):
