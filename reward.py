@@ -15,6 +15,8 @@ clock or a signal: `score` gives the same verdict in any thread, under any load.
 import argparse
 import contextlib
 import ctypes
+import importlib.util
+import inspect
 import json
 import math
 import multiprocessing
@@ -188,10 +190,12 @@ CLAUSE_LETTER = re.compile(r"(?:^|(?<=[\s(]))([A-J])(?=$|[\s,.):])(?! [a-z])|^([
 SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>")
 
 
-def after_thinking(text: str) -> str | None:
-    """The reply after the last </think>; an unclosed <think> is no reply."""
-    closed, opened = text.rfind("</think>"), text.rfind("<think>")
-    return None if opened > closed else text[closed + len("</think>") :] if closed >= 0 else text
+def after_thinking(text: str, in_thought: bool = False) -> str | None:
+    """The reply after the last </think>; None while a thought is open, which the prompt may have opened."""
+    closed = text.rfind("</think>")
+    if text.rfind("<think>") > closed or (in_thought and closed < 0):
+        return None
+    return text[closed + len("</think>") :] if closed >= 0 else text
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
@@ -302,9 +306,9 @@ RULES = (  # in the order of trust: the first rule that finds something decides
 FIND = dict(RULES)
 
 
-def find_answer(text: str) -> tuple[str | None, str]:
+def find_answer(text: str, in_thought: bool = False) -> tuple[str | None, str]:
     """(answer, name of the rule that found it). A whole sentence in a box is read by the other rules but the last."""
-    reply = after_thinking(text) if isinstance(text, str) else None
+    reply = after_thinking(text, in_thought) if isinstance(text, str) else None
     reply = SPECIAL.sub("\n", reply[-MAX_RESPONSE:]) if reply else ""
     for name, rule in RULES:
         if answer := rule(reply):
@@ -314,9 +318,9 @@ def find_answer(text: str) -> tuple[str | None, str]:
     return None, "none"
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, in_thought: bool = False) -> str | None:
     r"""The final answer of a response, or None; never the whole response: "so $x=\boxed{\frac12}$." -> "\frac12"."""
-    return find_answer(text)[0]
+    return find_answer(text, in_thought)[0]
 
 
 def reference_answer(text: str) -> str:
@@ -1106,7 +1110,7 @@ def same_tree(x, y, approximate: bool = False) -> bool:
     if x == y:
         return True
     if x.is_Rational and y.is_Rational:
-        return approximate and abs(x - y) * 10**6 <= max(abs(x), abs(y))
+        return approximate and bool(abs(x - y) * 10**6 <= max(abs(x), abs(y)))  # sympy's is no bool
     with LOCK:
         count, *how = sampling(x, y)
         verdicts = []
@@ -1280,33 +1284,60 @@ def is_equivalent(answer: str, reference: str, require_value: bool = False) -> b
     return bool(answer and reference) and compare(answer, reference)
 
 
+class Grade(NamedTuple):
+    """What `grade` says of one response."""
+
+    answer: str | None  # None: the response gives no answer
+    correct: bool  # the verdict: accuracy, gates and answer classes follow it
+    reward: float  # what the group advantage is computed from; any finite number
+
+
+def grade(
+    response: str,
+    reference: str,
+    *,
+    problem: str = "",
+    require_value: bool = False,
+    in_thought: bool = False,
+) -> Grade:
+    """Grade one response. Training, evaluation, `score` and --audit all run this function: change
+    the reward here, or give train.py a function with this signature as --reward FILE.py:FUNCTION.
+
+    problem: its text. require_value: see is_equivalent. in_thought: the prompt ended in an open
+    thought, so a response that never closes it has no answer."""
+    answer = extract_answer(response, in_thought)
+    correct = answer is not None and is_equivalent(answer, reference, require_value)
+    return Grade(answer, correct, reward=float(correct))
+
+
 def score(response: str, reference: str, require_value: bool = False) -> float:
-    """1.0 if the final answer of a response equals the reference, else 0.0."""
-    answer = extract_answer(response)
-    return float(answer is not None and is_equivalent(answer, reference, require_value))
+    """1.0 if the response is correct, else 0.0."""
+    return float(grade(response, reference, require_value=require_value).correct)
 
 
 class Explanation(NamedTuple):
     """What explain says of a response."""
-    right: bool
+
+    correct: bool
     answer: str | None
     rule: str  # the name in RULES of what found the answer, or "none"
     why: str  # right, wrong, no answer, not a value, unparsed answer: …
 
 
 def explain(response: str, reference: str, require_value: bool = False) -> Explanation:
-    r"""The verdict and its reason: "\boxed{5+}" for "5" -> (False, "5+", "box", "unparsed answer: ends too early")."""
-    answer, rule = find_answer(response)
+    r"""grade's verdict and its reason: "\boxed{5+}" for "5" -> "unparsed answer: ends too early"."""
+    answer, correct, _ = grade(response, reference, require_value=require_value)
+    rule = find_answer(response)[1]
     if answer is None:
         why = "no answer"
-    elif is_equivalent(answer, reference, require_value):
+    elif correct:
         why = "right"
     elif require_value and is_equivalent(answer, reference):
         why = "not a value"
     else:
         parsed = parse(reference_answer(answer))
         why = "wrong" if parsed.value is not None else f"unparsed answer: {parsed.why}"
-    return Explanation(why == "right", answer, rule, why)
+    return Explanation(correct, answer, rule, why)
 
 
 def answer_classes(answers: list[str | None]) -> list[int]:
@@ -1322,149 +1353,309 @@ def answer_classes(answers: list[str | None]) -> list[int]:
 
 
 # -- the pool of workers -----------------------------------------------------------------------------------------------
+MAX_REQUESTS = 20_000  # of one worker, against slow growth of its memory
+START_SECONDS = 120.0
+MAX_WARNINGS = 20  # of one Verifier, about exceptions in graders
+
+
 class Group(NamedTuple):
-    """What became of the responses to one prompt, in their order."""
-    verdicts: list[bool]
-    classes: list[int]  # -1: no answer; all right ones share one class
+    """What the grader said of the responses to one prompt, in their order."""
+
     answers: list[str | None]
-    timed_out: list[bool]  # lost to a limit (of time, memory …), and so counted as wrong
+    correct: list[bool]
+    rewards: list[float]
+    classes: list[int]  # -1: no answer; all correct responses share one class
+    failed: list[str]  # "": graded; else what the grader died of: time, cpu, memory, crash, exception
+
+
+class Job(NamedTuple):
+    """The responses to one prompt, and what grade needs to know."""
+
+    responses: list[str]
+    reference: str
+    problem: str
+    require_value: bool
+    in_thought: bool
+
+
+class Reply(NamedTuple):
+    """What came back from a worker."""
+
+    value: object = None
+    failed: str = ""  # as in Group
+    error: str = ""  # of an exception: its type and message
+
+
+def to_bytes(message) -> bytes:
+    """JSON in which any str survives: a pair of lone surrogates must not become one character."""
+    return json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def from_bytes(message: bytes):
+    return json.loads(message.decode("utf-8", "surrogatepass"))
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """The end of a text in printable ASCII."""
+    return ascii(text[-limit:])[:limit]
+
+
+def checked_grade(result) -> Grade:
+    """What a user's grader returned, as a Grade; ValueError or TypeError if it is none."""
+    answer, correct, reward = result
+    if not isinstance(answer, str | None):
+        raise TypeError(f"grade returned {type(answer).__name__} as answer; it must be str or None")
+    reward = float(reward)
+    if not math.isfinite(reward):
+        raise ValueError(f"grade returned {reward} as reward; it must be finite")
+    return Grade(answer, bool(correct), reward)
+
+
+def load_grader(name: str):
+    """The function FUNCTION of FILE.py, named "FILE.py:FUNCTION"; ValueError in one line."""
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not function.isidentifier():
+        raise ValueError(f"{name}: a reward is written FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location("user_reward", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["user_reward"] = module
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
+    sys.modules.setdefault("reward", sys.modules[__name__])  # the file may import this one
+    options = {"problem": "", "require_value": False, "in_thought": False}
+    try:
+        spec.loader.exec_module(module)
+        grader = getattr(module, function)
+        inspect.signature(grader).bind("response", "reference", **options)
+    except (Exception, SystemExit) as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{name}: cannot be loaded ({line[:200]})") from error
+    return grader
 
 
 class Worker:
-    """One `python reward.py --worker` after another: started when asked, killed and replaced when an answer exceeds a
-    limit, recycled against slow growth. A request and its reply are a message of JSON each."""
+    """One `python reward.py --worker` after another: started when first called, killed and replaced
+    when an answer exceeds a limit, replaced now and then against slow growth."""
 
-    def __init__(self, timeout: float, memory_mb: int, failures: Counter):
-        self.timeout, self.memory_mb, self.failures = timeout, memory_mb, failures
-        self.process, self.pipe, self.asked = None, None, 0
+    def __init__(self, verifier: "Verifier"):
+        self.verifier = verifier
+        self.process = None
+        self.pipe = None
+        self.requests = 0
 
     def start(self) -> None:
-        self.pipe, theirs = multiprocessing.Pipe()
-        options = (theirs.fileno(), os.getpid(), self.timeout, self.memory_mb)
-        command = [sys.executable, os.path.abspath(__file__), "--worker", *map(str, options)]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
-        self.process, self.asked = subprocess.Popen(command, pass_fds=[theirs.fileno()], **quiet), 0
-        theirs.close()
-        if self.receive(120.0) != ["ready"]:
-            self.end()
-            raise RuntimeError(f"a checker worker did not start: {' '.join(command)}")
+        """RuntimeError if no worker starts; ValueError if it cannot load the user's grader."""
+        verifier = self.verifier
+        self.pipe, other_end = multiprocessing.Pipe()
+        descriptor = other_end.fileno()
+        limits = (os.getpid(), verifier.timeout, verifier.memory_mb, verifier.reward or "")
+        script = os.path.abspath(__file__)
+        command = [sys.executable, script, "--worker", str(descriptor), *map(str, limits)]
+        self.process = subprocess.Popen(
+            command,
+            pass_fds=[descriptor],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        other_end.close()
+        self.requests = 0
+        reply = self.receive(START_SECONDS)
+        if reply == Reply("ready"):
+            return
+        self.end()
+        if verifier.reward:
+            error = f"{verifier.reward}: the process that loads it ended, or took too long"
+            raise ValueError(reply.error if reply else error)
+        raise RuntimeError(f"a checker worker did not start: {' '.join(command)}")
 
-    def receive(self, timeout: float):
+    def receive(self, timeout: float) -> Reply | None:
         """The reply; None if the process died or the time is over."""
         with contextlib.suppress(OSError, EOFError):
-            return json.loads(self.pipe.recv_bytes()) if self.pipe.poll(timeout) else None
+            if self.pipe.poll(timeout):
+                return Reply(*from_bytes(self.pipe.recv_bytes()))
+        return None
 
-    def ask(self, *request) -> list:
-        """The name of a function and its arguments -> [its value], or [] where that exceeded a limit."""
-        if self.asked > 20_000:
+    def call(self, function: str, *arguments, **options) -> Reply:
+        """Run a function of this file, or the user's grader, in the worker."""
+        if self.requests >= MAX_REQUESTS:
             self.end()
         if not self.process:
             self.start()
-        self.asked += 1
+        self.requests += 1
         with contextlib.suppress(OSError):  # it died; receive() says so
-            self.pipe.send_bytes(json.dumps(request).encode())
-        if not (reply := self.receive(self.timeout)):
-            self.failures["memory" if reply == [] else self.end()] += 1
-        return reply or []
+            self.pipe.send_bytes(to_bytes([function, arguments, options]))
+        reply = self.receive(self.verifier.timeout)
+        return reply or Reply(failed=self.end())
 
     def end(self) -> str:
-        """Kill it and say what it had died of."""
-        if not (process := self.process):
+        """Kill the process and return what it had died of."""
+        if not self.process:
             return ""
-        died_of, self.process = "time", None
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a pipe closes a moment before its process is gone
+        process = self.process
+        self.process = None
+        died_of = "time"
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its pipe closes a moment before it ends
             died_of = "cpu" if process.wait(0.1) == -signal.SIGXCPU else "crash"
         process.kill()
         process.wait()
         self.pipe.close()
         return died_of
 
-    def judge(self, responses: list[str], reference: str, require_value: bool) -> Group:
-        """One group: each distinct response is read and compared once, then the wrong answers are classed."""
-        found: dict[str, tuple] = {}  # -> (answer, right, lost)
-        for text in dict.fromkeys(responses):
-            read = self.ask("extract", (after_thinking(text) or "")[-MAX_RESPONSE:])
-            answer = read[0] if read else None
-            verdict = read and [False]
-            if answer is not None:
-                verdict = self.ask("compare", answer, reference, bool(require_value))
-            found[text] = (answer, verdict == [True], not verdict)
-        wrong = list(dict.fromkeys(answer for answer, right, lost in found.values() if answer and not (right or lost)))
-        labels = (self.ask("classes", wrong) or [wrong])[0] if len(wrong) > 1 else wrong
-        label, numbers, classes = dict(zip(wrong, labels)), {}, []
-        for answer, right, _ in map(found.get, responses):  # an answer that was lost is classed by its spelling
-            key = (right, "" if right else label.get(answer, "".join((answer or "").split())))
-            classes.append(-1 if key == (False, "") else numbers.setdefault(key, len(numbers)))
-        answers, verdicts, lost = ([found[text][part] for text in responses] for part in range(3))
-        return Group(verdicts, classes, answers, lost)
+    def grade_response(self, response: str, job: Job) -> tuple[Grade, str]:
+        """(grade, what it failed of). A response that the grader failed on is wrong, reward 0."""
+        options = {
+            "problem": job.problem,
+            "require_value": job.require_value,
+            "in_thought": job.in_thought,
+        }
+        reply = self.call("grade", response, job.reference, **options)
+        if not reply.failed:
+            return Grade(*reply.value), ""
+        self.verifier.count_failure(reply, response)
+        answer = None
+        if not self.verifier.reward:  # its answer may still be known, for its class
+            answer = self.call("extract_answer", response, job.in_thought).value
+        return Grade(answer, False, 0.0), reply.failed
+
+    def grade_group(self, job: Job) -> Group:
+        """Grade each distinct response once, then sort the wrong answers into classes."""
+        results = {}
+        for response in dict.fromkeys(job.responses):
+            results[response] = self.grade_response(response, job)
+        wrong = [grade.answer for grade, failed in results.values() if not (grade.correct or failed)]
+        labels = self.label_answers([answer for answer in dict.fromkeys(wrong) if answer is not None])
+
+        numbers: dict = {}  # of the classes, by first appearance
+        classes = []
+        for grade, _ in map(results.get, job.responses):
+            if grade.correct:
+                key = "correct"
+            elif grade.answer is None:
+                classes.append(-1)
+                continue
+            else:  # an answer that grading failed on is classed by its spelling
+                key = (labels.get(grade.answer, "".join(grade.answer.split())),)
+            classes.append(numbers.setdefault(key, len(numbers)))
+
+        grades = [results[response][0] for response in job.responses]
+        return Group(
+            answers=[grade.answer for grade in grades],
+            correct=[grade.correct for grade in grades],
+            rewards=[grade.reward for grade in grades],
+            classes=classes,
+            failed=[results[response][1] for response in job.responses],
+        )
+
+    def label_answers(self, answers: list[str]) -> dict:
+        """The class of each distinct answer; its spelling where that takes too much."""
+        if len(answers) < 2:
+            return {answer: answer for answer in answers}
+        reply = self.call("answer_classes", answers)
+        if reply.failed:
+            self.verifier.count_failure(reply, ", ".join(answers))
+        return dict(zip(answers, reply.value or answers))
 
 
 class Verifier(contextlib.AbstractContextManager):
-    """A pool that judges groups of responses in order: `with Verifier(4) as pool: pool.check([[response, …], …],
-    [reference, …])`. No answer can hang, crash or exhaust the caller. Each thread owns one worker at a time (Linux ends
-    a worker with the thread that started it). `timeout` (seconds an answer may take, on the wall and of CPU) and
-    `memory_mb` are a last resort: the checker's own bounds stop work long before."""
+    """A pool of killable processes that grades groups of responses:
 
-    def __init__(self, workers: int = 2, timeout: float = 10.0, memory_mb: int = 1024):
+        with Verifier(4) as pool:
+            groups = pool.grade_groups([[response, …], …], [reference, …])
+
+    No response can hang, crash or exhaust the caller. `timeout` (seconds that one response may
+    take, of wall clock and of CPU) and `memory_mb` are a last resort: the checker's own bounds stop
+    work long before. reward: "FILE.py:FUNCTION", a function with grade's signature, to run instead
+    of it; ValueError if it cannot be loaded. Each thread owns one worker at a time (Linux ends a
+    worker with the thread that started it)."""
+
+    def __init__(self, workers=2, timeout=10.0, memory_mb=1024, reward: str | None = None):
         if sys.platform == "win32":
-            raise ValueError("Verifier runs on Linux and macOS, not on Windows; use WSL, or call score()")
+            raise ValueError(
+                "Verifier runs on Linux and macOS, not on Windows; use WSL, or call score()"
+            )
         if workers < 1 or timeout <= 0:
-            raise ValueError(f"workers must be at least 1 and timeout above 0, not {workers} and {timeout}")
+            raise ValueError(
+                f"workers must be at least 1 and timeout above 0, not {workers} and {timeout}"
+            )
         if sys.platform != "linux":
             warnings.warn("this system has no memory limit for the checker's workers", stacklevel=2)
-        self.workers, self.timeout, self.memory_mb = workers, timeout, memory_mb
-        self.failures: Counter = Counter()  # by kind: time, cpu, memory, crash
-        self.jobs, self.threads, self.lock = queue.SimpleQueue(), [], threading.Lock()
-
-    @property
-    def timeouts(self) -> int:
-        return self.failures["time"] + self.failures["cpu"]
+        self.workers = workers
+        self.timeout = timeout
+        self.memory_mb = memory_mb
+        self.reward = reward
+        self.failures: Counter = Counter()  # by kind, see Group.failed
+        self.warned: set[str] = set()
+        self.jobs = queue.SimpleQueue()
+        self.threads: list[threading.Thread] = []
+        self.lock = threading.Lock()
+        if reward:  # loaded once to see that it can be
+            worker = Worker(self)
+            worker.start()
+            worker.end()
 
     def __exit__(self, *_):
         self.close()
 
     def close(self) -> None:
-        """End the workers; the next check() starts new ones."""
+        """End the workers; the next grade_groups() starts new ones."""
         with self.lock:
-            threads, self.threads = self.threads, []
+            threads = self.threads
+            self.threads = []
         for _ in threads:
             self.jobs.put(None)
         for thread in threads:
             thread.join()
 
-    def check(self, responses, references, require_value=None) -> list[Group]:
-        """P lists of G responses and P references -> P groups, in order."""
-        require_value = [False] * len(references) if require_value is None else require_value
-        if not len(responses) == len(references) == len(require_value):
-            raise ValueError(f"{len(responses)} groups but {len(references)} references and {len(require_value)} flags")
+    def grade_groups(
+        self, responses, references, *, problems=None, require_value=None, in_thought=None
+    ) -> list[Group]:
+        """P lists of responses and P references -> P groups, in order. Each keyword is a list of
+        length P: grade's arguments for the responses to one prompt."""
+        count = len(references)
+        problems = [""] * count if problems is None else problems
+        require_value = [False] * count if require_value is None else require_value
+        in_thought = [False] * count if in_thought is None else in_thought
+        columns = (responses, references, problems, require_value, in_thought)
+        lengths = [len(column) for column in columns]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                "responses, references, problems, require_value and in_thought must have the same "
+                f"length, not {lengths}"
+            )
         with self.lock:
-            for _ in range(self.workers - len(self.threads)):
-                self.threads.append(threading.Thread(target=self.serve, daemon=True))
-                self.threads[-1].start()
-        jobs = [(Future(), job) for job in zip(responses, references, require_value)]
-        for job in jobs:
-            self.jobs.put(job)
-        return [future.result() for future, _ in jobs]
-
-    def verify(self, responses, references, require_value=None) -> tuple[list[list[bool]], list[list[int]]]:
-        """check() without the answers: (verdicts, classes), each P lists of G."""
-        groups = self.check(responses, references, require_value)
-        return [group.verdicts for group in groups], [group.classes for group in groups]
+            while len(self.threads) < self.workers:
+                thread = threading.Thread(target=self.serve, daemon=True)
+                self.threads.append(thread)
+                thread.start()
+        futures = []
+        for job in map(Job, *columns):
+            futures.append(Future())
+            self.jobs.put((futures[-1], job))
+        return [future.result() for future in futures]
 
     def serve(self) -> None:
         """The life of a thread: jobs from the queue, for its own worker."""
-        worker = Worker(self.timeout, self.memory_mb, self.failures)
+        worker = Worker(self)
         while (entry := self.jobs.get()) is not None:
             future, job = entry
             try:
-                future.set_result(worker.judge(*job))
-            except Exception as error:  # belongs to the caller of check()
+                future.set_result(worker.grade_group(job))
+            except Exception as error:  # belongs to the caller of grade_groups()
                 future.set_exception(error)
         worker.end()
 
+    def count_failure(self, reply: Reply, text: str) -> None:
+        """Count it; on stderr say each exception once, with the text that raised it."""
+        self.failures[reply.failed] += 1
+        if not reply.error or reply.error in self.warned or len(self.warned) >= MAX_WARNINGS:
+            return
+        self.warned.add(reply.error)
+        line = f"WARNING grading raised {printable(reply.error)} on {printable(text)}"
+        print(f"{line}: counted as wrong", file=sys.stderr, flush=True)
 
-def serve_requests(pipe: int, parent: int, timeout: float, memory_mb: int) -> None:
-    """A worker. It ends with its parent (EOF, and the death signal on Linux) and on a runaway answer (CPU, memory)."""
+
+def limit_worker(parent: int, memory_mb: int) -> None:
+    """A worker ends with its parent and cannot exceed its memory."""
     import resource  # not there on Windows, where Verifier says so by name
 
     for ignored in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and preemption are the trainer's to handle
@@ -1473,22 +1664,54 @@ def serve_requests(pipe: int, parent: int, timeout: float, memory_mb: int) -> No
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it ended before the death signal was set
+        sys.exit()
+
+
+def limit_cpu(seconds: float) -> None:
+    """From now on, this process is ended after so many seconds of CPU."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime + seconds) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+
+
+def answer_request(functions: dict, request: list) -> Reply:
+    """Run what was asked for. An exception is an answer, too: the worker stays."""
+    name, arguments, options = request
+    try:
+        return Reply(functions[name](*arguments, **options))
+    except MemoryError:
+        return Reply(failed="memory")
+    except Exception as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        return Reply(failed="exception", error=line[:200])
+
+
+def serve_requests(pipe: int, parent: int, timeout: float, memory_mb: int, reward: str) -> None:
+    """A worker's life. It ends with its parent (EOF, and the death signal on Linux) and on a
+    runaway answer (CPU, memory)."""
+    limit_worker(parent, memory_mb)
+    connection = multiprocessing.connection.Connection(pipe)
+    try:
+        grader = load_grader(reward) if reward else grade
+    except ValueError as error:
+        connection.send_bytes(to_bytes(Reply(failed="exception", error=str(error))))
         return
-    functions = {"extract": extract_answer, "compare": is_equivalent, "classes": answer_classes}
-    score(r"$\boxed{\frac{x+1}{2}}$", "x/2 + 1/2")  # sympy loads lazily: not on the first answer's time
-    connection, reply = multiprocessing.connection.Connection(pipe), ["ready"]
+    functions = {
+        "grade": lambda *arguments, **options: checked_grade(grader(*arguments, **options)),
+        "extract_answer": extract_answer,
+        "answer_classes": answer_classes,
+    }
+    is_equivalent("x/2 + 1/2", r"\frac{x+1}{2}")  # sympy loads lazily: not on the first answer's time
+    reply = Reply("ready")
     with contextlib.suppress(OSError, EOFError):
         while True:
-            connection.send_bytes(json.dumps(reply).encode())
-            function, *arguments = json.loads(connection.recv_bytes())
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            seconds = int(used.ru_utime + used.ru_stime + timeout) + 2
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
-            try:
-                reply = [functions[function](*arguments)]
-            except (MemoryError, RecursionError):
-                reply = []
+            connection.send_bytes(to_bytes(reply))
+            request = from_bytes(connection.recv_bytes())
+            limit_cpu(timeout)
+            reply = answer_request(functions, request)
 
 
 # -- audit -------------------------------------------------------------------------------------------------------------
@@ -1519,8 +1742,10 @@ def audit(path: str, shown: int = 5) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--worker"]:  # started by Verifier
-        return serve_requests(int(argv[1]), int(argv[2]), float(argv[3]), int(argv[4]))
+    if argv[:1] == ["--worker"]:  # started by Worker.start
+        pipe, parent, timeout, memory_mb, reward = argv[1:]
+        serve_requests(int(pipe), int(parent), float(timeout), int(memory_mb), reward)
+        return
     parser = argparse.ArgumentParser(description="Check answers of models.")
     parser.add_argument("--audit", metavar="FILE", required=True, help="JSONL with response and reference in each line")
     audit(parser.parse_args(argv).audit)

@@ -203,8 +203,27 @@ STRUCTURE = [
     r"2\begin{pmatrix}1\\2\end{pmatrix}" * 30,
     *(
         unit * (200_000 // len(unit))
-        for unit in ("33...", "1,000,", r"3\!", "1e5", "0.3\\overline{", "\n \t", "**a**", "answer is", r"\frac{1}{2",
-                     r"\pmod{", "a.m.", "] U [", r"\text{a}", "$ 1", r"\mathbb{", "^ { ", "is a ", "<|a|>", "1.1.")
+        for unit in (
+            "33...",
+            "1,000,",
+            r"3\!",
+            "1e5",
+            "0.3\\overline{",
+            "\n \t",
+            "**a**",
+            "answer is",
+            r"\frac{1}{2",
+            r"\pmod{",
+            "a.m.",
+            "] U [",
+            r"\text{a}",
+            "$ 1",
+            r"\mathbb{",
+            "^ { ",
+            "is a ",
+            "<|a|>",
+            "1.1.",
+        )
     ),
 ]
 ALGEBRA = [
@@ -238,7 +257,9 @@ ALGEBRA = [
     r"\{" + ",".join(rf"\sqrt{{{n}}}+x" for n in range(110)) + r"\}",
     ",".join(rf"\sin({n}x)^{{{n}}}" for n in range(60)),
     r"\lfloor x^{x^x} \rfloor",
-    r"\begin{pmatrix}" + r"\\".join("&".join(f"x^{{{i + j}}}" for i in range(8)) for j in range(8)) + r"\end{pmatrix}",
+    r"\begin{pmatrix}"
+    + r"\\".join("&".join(f"x^{{{i + j}}}" for i in range(8)) for j in range(8))
+    + r"\end{pmatrix}",
 ]
 INJECTION = [
     SYSTEM,
@@ -317,7 +338,11 @@ CHARACTERS = [
 
 
 def balanced(depth: int, leaf: str = "1") -> str:
-    return leaf if depth == 0 else rf"\{{{balanced(depth - 1, leaf)},{balanced(depth - 1, leaf + '+0')}\}}"
+    return (
+        leaf
+        if depth == 0
+        else rf"\{{{balanced(depth - 1, leaf)},{balanced(depth - 1, leaf + '+0')}\}}"
+    )
 
 
 COLLECTIONS = [
@@ -338,7 +363,11 @@ CASES = {
     "injection": INJECTION,
     "characters": CHARACTERS,
 }
-REFERENCES = ("42", "x+42", "(41,42)")  # a number, an expression, a tuple: none of the cases equals any of them
+REFERENCES = (
+    "42",
+    "x+42",
+    "(41,42)",
+)  # a number, an expression, a tuple: none of the cases equals any of them
 
 
 @pytest.fixture(autouse=True)
@@ -360,7 +389,12 @@ def test_there_are_enough_cases():
 def test_no_hostile_answer_is_right_hangs_or_raises(kind):
     slow = []
     for case in CASES[kind]:
-        for response in (f"so the answer is \\boxed{{{case}}}", case, f"Answer: {case}", f"${case}$"):
+        for response in (
+            f"so the answer is \\boxed{{{case}}}",
+            case,
+            f"Answer: {case}",
+            f"${case}$",
+        ):
             for reference in REFERENCES if len(case) < 20_000 else REFERENCES[:1]:
                 start = time.process_time()
                 assert reward.score(response, reference) == 0.0, f"{response[:80]!r} {reference}"
@@ -387,13 +421,19 @@ def test_pool_survives_and_memory_stays_flat():
     cases = [case for kind in CASES.values() for case in kind]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with reward.Verifier(workers=2) as verifier:
-        groups = [[f"\\boxed{{{case}}}" for case in cases[i : i + 8]] for i in range(0, len(cases), 8)]
-        for group in verifier.check(groups, ["42"] * len(groups)):
-            assert not any(group.verdicts)
+        groups = [
+            [f"\\boxed{{{case}}}" for case in cases[i : i + 8]] for i in range(0, len(cases), 8)
+        ]
+        for group in verifier.grade_groups(groups, ["42"] * len(groups)):
+            assert not any(group.correct)
         assert not verifier.failures
-        responses = [[f"so \\boxed{{\\frac{{{2 * n}}}{{{2 * k + 2}}}}}" for k in range(10)] for n in range(1_000)]
-        verdicts, _ = verifier.verify(responses, [f"{n}/3" for n in range(1_000)])
-        assert all(row[2] for row in verdicts) and sum(map(sum, verdicts)) == 1_000 + 9
+        responses = [
+            [f"so \\boxed{{\\frac{{{2 * n}}}{{{2 * k + 2}}}}}" for k in range(10)]
+            for n in range(1_000)
+        ]
+        graded = verifier.grade_groups(responses, [f"{n}/3" for n in range(1_000)])
+        correct = [group.correct for group in graded]
+        assert all(row[2] for row in correct) and sum(map(sum, correct)) == 1_000 + 9
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < 100, f"the parent grew by {grown:.0f} MB"
 

@@ -50,8 +50,12 @@ RESPELLED = {
     "spaces inside brackets": lambda a: re.sub(
         r"(?<!\\)([({\[])|(?<!\\)([)}\]])", lambda m: f"{m[1] or ''} {m[2] or ''}", a
     ),
-    "redundant braces": lambda a: "{" + a + "}" if "," not in a and "<" not in a and "[" not in a else a,
-    "left and right": lambda a: a.replace("(", r"\left(").replace(")", r"\right)").replace("[", r"\left["),
+    "redundant braces": lambda a: (
+        "{" + a + "}" if "," not in a and "<" not in a and "[" not in a else a
+    ),
+    "left and right": lambda a: (
+        a.replace("(", r"\left(").replace(")", r"\right)").replace("[", r"\left[")
+    ),
     "dfrac": lambda a: a.replace(r"\frac", r"\dfrac"),
     "tfrac": lambda a: a.replace(r"\frac", r"\tfrac"),
     "dollars": lambda a: f"${a}$",
@@ -84,7 +88,10 @@ def test_respelling_never_changes_a_verdict(how, data):
     answer, other = data.draw(answers), data.draw(answers)
     respelled = RESPELLED[how](answer)
     assert reward.is_equivalent(respelled, answer), respelled
-    assert reward.is_equivalent(respelled, other) == reward.is_equivalent(answer, other), (respelled, other)
+    assert reward.is_equivalent(respelled, other) == reward.is_equivalent(answer, other), (
+        respelled,
+        other,
+    )
 
 
 @steady
@@ -100,7 +107,11 @@ def test_zeros_after_a_decimal_digit(whole, decimals, zeros):
 def test_a_changed_digit_always_counts(value, data):
     digits = str(value)
     place = data.draw(st.integers(0, len(digits) - 1))
-    changed = digits[:place] + str((int(digits[place]) + data.draw(st.integers(1, 9))) % 10) + digits[place + 1 :]
+    changed = (
+        digits[:place]
+        + str((int(digits[place]) + data.draw(st.integers(1, 9))) % 10)
+        + digits[place + 1 :]
+    )
     for template in (
         "{}",
         r"\frac{{{}}}{{7}}",
@@ -135,7 +146,10 @@ def spell(coefficients, variable="x"):
 @steady
 @given(POLYNOMIAL, POLYNOMIAL, st.randoms(use_true_random=False))
 def test_expanded_factored_and_reordered_are_equal(p, q, shuffle):
-    product = [sum(p[i] * q[n - i] for i in range(len(p)) if 0 <= n - i < len(q)) for n in range(len(p) + len(q) - 1)]
+    product = [
+        sum(p[i] * q[n - i] for i in range(len(p)) if 0 <= n - i < len(q))
+        for n in range(len(p) + len(q) - 1)
+    ]
     factored = f"({spell(p)})({spell(q)})"
     assert reward.is_equivalent(factored, spell(product))
     monomials = spell(product).split("+")
@@ -174,20 +188,28 @@ def test_identities_are_decided_without_rewriting(one, other, near):
 @settings(steady, max_examples=60)
 @given(
     st.lists(
-        st.one_of(st.none(), numerals, st.sampled_from(["1/2", "0.5", "x+1", "1+x", "x=3", "3", "yes"])), max_size=7
+        st.one_of(
+            st.none(), numerals, st.sampled_from(["1/2", "0.5", "x+1", "1+x", "x=3", "3", "yes"])
+        ),
+        max_size=7,
     ),
     st.randoms(use_true_random=False),
 )
 def test_classes_do_not_depend_on_order(answers, shuffle):
     def partition(items, labels):
-        return {frozenset(i for i, label in zip(items, labels) if label == wanted) for wanted in set(labels) - {-1}}
+        return {
+            frozenset(i for i, label in zip(items, labels) if label == wanted)
+            for wanted in set(labels) - {-1}
+        }
 
     places = list(range(len(answers)))
     first = partition(places, reward.answer_classes(answers))
     shuffle.shuffle(places)
     labels = reward.answer_classes([answers[place] for place in places])
     assert partition(places, labels) == first
-    assert [label for label in dict.fromkeys(labels) if label >= 0] == list(range(len(first)))  # by first appearance
+    assert [label for label in dict.fromkeys(labels) if label >= 0] == list(
+        range(len(first))
+    )  # by first appearance
 
 
 @settings(steady, max_examples=300)
