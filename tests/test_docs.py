@@ -1,21 +1,25 @@
-"""README.md and docs/*.md against the code: their quick commands run as printed, their Python prints what they say.
+"""README.md and docs/*.md against the code: quick commands run as printed, Python prints what the
+page says, quotations are in the code, metrics are those that a run logs.
 
-Bugs these tests guard against: a command whose flag has been renamed; a number in a document that the code no longer
-prints; a long command that nobody has timed. Everything happens in a copy of the repository in a temporary folder.
+Bugs these tests guard against: a command whose flag has been renamed; a number on a page that the
+code no longer prints; a long command that nobody has timed; a quotation or a link that has gone
+stale. Everything runs in a copy of the repository in a temporary folder.
 
-Every command is run, unless a comment behind it says how long it took, or LONG does or says why it cannot be run here.
-Those are not run, but their flags must be known. Commands that need runs (runs/lab/...) get them from a model of two
-layers, so what they print is not compared.
+Every command is run, unless a comment behind it says how long it took, or LONG does or says why it
+cannot be run here. Those are not run, but their flags must be known. Commands that need runs
+(runs/lab/...) get them from a model of two layers, so what they print is not compared.
 """
 
 import contextlib
 import functools
 import io
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,19 +30,31 @@ import eval as evaluation
 import train
 
 HERE = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([HERE / "README.md", *(HERE / "docs").glob("*.md")])
+README = HERE / "README.md"
+DOCUMENTS = sorted([README, *(HERE / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.S | re.M)
 TIMED = re.compile(r"\b\d[\d.]* (s|seconds|minutes)\b")  # such as "# 24 s"
 HUB = "needs a model or data from the Hub, and a GPU or days; never run as printed"
-# Commands, or their beginnings up to "..." -> when they last ran and how long they took, or why they are not run here.
+# Commands, or their beginnings up to "..." -> when they last ran and how long they took, or why
+# they are not run here.
 LONG = {
-    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python train.py":
-        "the demonstration, 209 s on two cores of the Intel, after the installation",
-    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/pip install -r tests/...":
-        ".ci/run does it",
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python ...": (
+        "the demonstration, MEASURE-F s on two cores of the Intel, after the installation"
+    ),
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/pip ...": (
+        ".ci/run does it"
+    ),
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt -r tests/...": (
+        "installs TRL: a minute"
+    ),
     "python train.py": "the demonstration, as above",
     "python train.py --seed SEED": "the same with seeds 0 to 2",
-    "python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct ...": "36 minutes on one core at fbe0b8e",
+    "python train.py --reward format.py:grade": (
+        "the demonstration with another reward; a test below trains a tiny model with it"
+    ),
+    "python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct ...": (
+        "36 minutes on one core at fbe0b8e"
+    ),
     "python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data ...": HUB,
     "python eval.py --model runs/mine/model ...": "needs the run above it",
     "python train.py --run-dir runs/mine ...": "needs the run above it",
@@ -46,18 +62,25 @@ LONG = {
     "torchrun --nproc-per-node 2 train.py ...": HUB,
     "torchrun --nproc-per-node 8 --shutdown-timeout ...": HUB,
     "torchrun --nnodes 2 ...": HUB,
-    "torchrun --nproc-per-node 8 eval.py --model runs/paper/model --data hf://datasets/HuggingFaceH4/MATH...": HUB,
-    "python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct ...": "23 minutes on one core at a1da687",
-    "torchrun --nproc-per-node 8 eval.py --model runs/paper/model --data hf://datasets/HuggingFaceH4/aime...": HUB,
+    "torchrun --nproc-per-node 8 eval.py --model runs/paper/model "
+    "--data hf://datasets/HuggingFaceH4/MATH...": HUB,
+    "python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct ...": (
+        "23 minutes on one core at a1da687"
+    ),
+    "torchrun --nproc-per-node 8 eval.py --model runs/paper/model "
+    "--data hf://datasets/HuggingFaceH4/aime...": HUB,
     "python train.py … --plan 8": "any flags; tests/test_train_flags.py runs --plan",
     "python tests/bench_rollout.py --cpu-time --repeat 3": "the times stand in the table below it",
     "python tests/bench_step.py": "the times stand in the table below it",
-    "python copo.py --groups RUN/groups.jsonl": "a placeholder; the lab's commands of this form are run",
+    "python tests/bench_memory.py --repeat 3": "its figures stand beside it",
+    "python study/lab.py RUN/groups.jsonl": "a placeholder; docs/lab.md's of this form are run",
     "python tests/kill_ranks.py --kills 50": "343 s (docs/ranks.md)",
     "python tests/bench_ranks.py": "its table stands below it",
-    "python docs/study.py --jobs 2": "a minute a cell of two at a time, 3 a warm start, 15 on SmolLM2-135M",
-    "python docs/study.py --only 'hard/copo-0' --again": "a minute or two, after the warm start",
-}  # fmt: skip
+    "python study/study.py --jobs 2": (
+        "a minute a cell of two at a time, 3 a warm start, 15 on SmolLM2-135M"
+    ),
+    "python study/study.py --only 'hard/copo-0' --again": ("a minute or two, after the warm start"),
+}
 
 
 def blocks(text):
@@ -66,21 +89,31 @@ def blocks(text):
 
 
 def commands(path):
-    """{command: the comment behind it} of a document: of its bash blocks, continued lines joined, and of its text where
-    it says `python FILE.py ...` or `torchrun ...`."""
-    text, found = path.read_text(), []
+    """{command: the comment behind it} of a document: of its bash blocks, continued lines joined,
+    and of its text where it says `python FILE.py ...` or `torchrun ...`."""
+    text = path.read_text()
+    lines = []
     for language, body in blocks(text):
         if language == "bash":
-            found += re.sub(r"\\\n\s*", "", body).splitlines()
+            lines += re.sub(r"\\\n\s*", "", body).splitlines()
     prose = FENCE.sub("", text).replace("\n", " ")
-    found += re.findall(r"`((?:python \w|torchrun )[^`]*\.py[^`]*)`", prose)
-    found = [re.split(r"\s+#", command, maxsplit=1) for command in found]
-    return {command.strip(): "".join(comment) for command, *comment in found if command.strip()}
+    lines += re.findall(r"`((?:python \w|torchrun )[^`]*\.py[^`]*)`", prose)
+    found = {}
+    for line in lines:
+        command, *comment = re.split(r"\s+#", line, maxsplit=1)
+        if command.strip():
+            found[command.strip()] = "".join(comment)
+    return found
 
 
 def listed(command):
     """The keys of LONG that mean a command: itself, or its beginnings."""
-    return [key for key in LONG if command == key or (key.endswith("...") and command.startswith(key[:-3]))]
+    keys = []
+    for key in LONG:
+        begins = key.endswith("...") and command.startswith(key.removesuffix("..."))
+        if command == key or begins:
+            keys.append(key)
+    return keys
 
 
 def is_long(command, comment):
@@ -93,48 +126,61 @@ def quick(path):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the repository, with the runs that the documents speak of, and a `python` that is this one."""
-    place = tmp_path_factory.mktemp("docs") / "repository"
-    place.mkdir()
+    """A copy of the repository, with the runs that the documents speak of, and a `python` that is
+    this one."""
+    folder = tmp_path_factory.mktemp("docs") / "repository"
+    folder.mkdir()
     for source in HERE.glob("*.py"):
-        shutil.copy(source, place)
-    for name in ("data", "docs"):
-        shutil.copytree(HERE / name, place / name)
+        shutil.copy(source, folder)
+    for name in ("data", "docs", "study"):
+        shutil.copytree(HERE / name, folder / name)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(train, "Verifier", tiny_runs.Judge)
-        runs = tiny_runs.Runs(place.parent)
+        runs = tiny_runs.Runs(folder.parent)
+        kinds = {"copo": {}, "grpo": {"algo": "grpo"}, "group": {"blend": "soft-zero-group"}}
         for seed in (0, 1):
-            for name, flags in (("copo", {}), ("grpo", {"algo": "grpo"}), ("group", {"blend": "soft-zero-group"})):
-                train.main(runs.argv(flags, seed=seed, run_dir=place / f"runs/lab/{name}-{seed}"))
-        for name in re.findall(r"runs/lab/([\w-]+)/", "".join(path.read_text() for path in DOCUMENTS)):
-            if not (place / "runs/lab" / name).exists():  # a run of which only the files' shape matters
-                shutil.copytree(place / "runs/lab/copo-0", place / "runs/lab" / name)
-    shim = place.parent / "bin/python"
+            for name, flags in kinds.items():
+                train.main(runs.argv(flags, seed=seed, run_dir=folder / f"runs/lab/{name}-{seed}"))
+        text = "".join(path.read_text() for path in DOCUMENTS)
+        for name in re.findall(r"runs/lab/([\w-]+)/", text):
+            if not (folder / "runs/lab" / name).exists():  # only the shape of its files matters
+                shutil.copytree(folder / "runs/lab/copo-0", folder / "runs/lab" / name)
+    shim = folder.parent / "bin/python"
     shim.parent.mkdir()
     shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     shim.chmod(0o755)
-    return place
+    return folder
 
 
 @functools.cache  # a command that stands in two documents is run once
 def run(copy, command):
-    environment = os.environ | {"PATH": f"{copy.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{copy.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True, timeout=120, check=False
+        ["bash", "-c", command],
+        cwd=copy,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
-    assert done.returncode == 0, f"{command}\n{done.stderr}\n(a command that is not quick belongs in LONG)"
+    hint = "(a command that is not quick belongs in LONG)"
+    assert done.returncode == 0, f"{command}\n{done.stderr}\n{hint}"
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("document", "command"),
-    [pytest.param(path, command, id=f"{path.name}: {command[:70]}") for path in DOCUMENTS for command in quick(path)],
-)
+def quick_commands():
+    for path in DOCUMENTS:
+        for command in quick(path):
+            yield pytest.param(path, command, id=f"{path.name}: {command[:70]}")
+
+
+@pytest.mark.parametrize(("document", "command"), quick_commands())
 def test_quick_commands_run_as_printed(copy, document, command):
     if "plot" in command:
         pytest.importorskip("matplotlib")
-    if "runs/study/runs/" in command:  # which is made by another command, which may be another worker's
-        run(copy, "python docs/study.py --unpack runs/study/runs")
+    if "runs/study/runs/" in command:  # made by another command, which may be another worker's
+        run(copy, "python study/study.py --unpack runs/study/runs")
     run(copy, command)
 
 
@@ -144,7 +190,7 @@ def test_python_prints_what_the_document_says(copy, document, monkeypatch):
     """Each Python block on its own, and the text block behind it."""
     monkeypatch.chdir(copy)
     found = blocks(document.read_text())
-    for (language, body), (following, expected) in zip(found, [*found[1:], ("", "")]):
+    for (language, body), (following, expected) in pairwise([*found, ("", "")]):
         if language == "python" and following == "text":
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
@@ -154,38 +200,148 @@ def test_python_prints_what_the_document_says(copy, document, monkeypatch):
 
 def test_the_worked_batch_of_the_lab_is_the_one_that_is_printed(copy):
     """Text that follows `python copo.py` in a document is part of what that prints."""
-    printed, excerpts = run(copy, "python copo.py").splitlines(), []
-    for found in (blocks(path.read_text()) for path in DOCUMENTS):
-        excerpts += [text for before, (_, text) in pairwise(found) if before == ("bash", "python copo.py\n")]
-    assert excerpts and set("".join(excerpts).splitlines()) <= set(printed)
+    printed = run(copy, "python copo.py").splitlines()
+    excerpts = []
+    for path in DOCUMENTS:
+        for before, (_, text) in pairwise(blocks(path.read_text())):
+            if before == ("bash", "python copo.py\n"):
+                excerpts += text.splitlines()
+    assert excerpts
+    assert set(excerpts) <= set(printed)
 
 
 def test_every_long_command_is_still_in_a_document():
-    """A line of LONG that no document has is a timing of nothing; one that means several, or a quick one, is none."""
+    """A line of LONG that no document has is a timing of nothing; one that means several, or a
+    quick one, is none."""
     everything = {command for path in DOCUMENTS for command in commands(path)}
     assert len(everything) > 10
     for key in LONG:
-        assert len({command for command in everything if listed(command)[:1] == [key]}) == 1, key
+        meant = {command for command in everything if listed(command)[:1] == [key]}
+        assert len(meant) == 1, (key, meant)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_flags_of_long_commands_are_known(document, tmp_path, monkeypatch):
-    """The shell reads the long commands and its variables, a `python` that only notes its arguments stands for ours."""
-    lines = [command for command, comment in commands(document).items() if is_long(command, comment)]
-    lines = [line for line in lines if re.match(r"python (train|eval)|torchrun|for ", line)]
-    lines = [line.replace(" …", "").replace("SEED", "0") for line in lines]
-    variables = [command for command in commands(document) if command.startswith("LAB=")]
+def test_flags_of_long_commands_are_known(document, tmp_path):
+    """The shell reads the long commands and its variables; a `python` that only notes its arguments
+    stands for ours."""
+    found = commands(document)
+    lines = []
+    for command, comment in found.items():
+        ours = re.match(r"python (train|eval)|torchrun|for ", command)
+        if ours and is_long(command, comment):
+            lines.append(command.replace(" …", "").replace("SEED", "0"))
+    variables = [command for command in found if command.startswith("LAB=")]
+    note = '#!/bin/bash\nprintf "%s\\0" "$@" >> "$NOTES"; printf "\\n" >> "$NOTES"\n'
     for name in ("python", "torchrun"):
-        (tmp_path / name).write_text('#!/bin/bash\nprintf "%s\\0" "$@" >> "$NOTES"; printf "\\n" >> "$NOTES"\n')
+        (tmp_path / name).write_text(note)
         (tmp_path / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(tmp_path / "notes")}
-    subprocess.run(["bash", "-c", "\n".join([*variables, *lines])], check=True, env=environment, cwd=tmp_path)
-    noted = (tmp_path / "notes").read_text().splitlines() if lines else []
+    notes = tmp_path / "notes"
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(notes)}
+    script = "\n".join([*variables, *lines])
+    subprocess.run(["bash", "-c", script], check=True, env=environment, cwd=tmp_path)
+    noted = notes.read_text().splitlines() if lines else []
     assert len(noted) >= len(lines)
-    for words in (line.split("\0")[:-1] for line in noted):
+    for line in noted:
+        words = line.split("\0")[:-1]
         script = next(word for word in words if word.endswith(".py"))
         arguments = words[words.index(script) + 1 :]
         if script == "train.py":
-            train.flags().parse_args(arguments)
+            train.build_parser().parse_args(arguments)
         elif arguments:
-            evaluation.parse_args([*arguments, "--device", "cpu"])
+            evaluation.parse_flags([*arguments, "--device", "cpu"])
+
+
+# ------------------------------------------------------------------------------- README and metrics
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 170
+
+
+def test_the_loop_is_quoted_from_train():
+    """The README shows the loop as it is, line for line."""
+    loops = [body for language, body in blocks(README.read_text()) if "while True" in body]
+    assert len(loops) == 1
+    assert textwrap.indent(loops[0], "    ") in (HERE / "train.py").read_text()
+
+
+def test_the_readmes_reward_trains(copy, monkeypatch):
+    """The example of a reward of one's own is run by the real workers, in a run of a tiny model."""
+    bodies = [body for language, body in blocks(README.read_text()) if "def grade" in body]
+    assert len(bodies) == 1
+    monkeypatch.chdir(copy)
+    Path("format.py").write_text(bodies[0])
+    runs = tiny_runs.Runs(copy.parent / "format")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(runs.argv({"reward": "format.py:grade"}, run_dir="runs/format", steps=1))
+    rewards = set()
+    for line in tiny_runs.lines("runs/format/groups.jsonl"):
+        for correct, reward in zip(line["correct"], line["reward"]):
+            assert reward >= correct
+            rewards.add(reward)
+    assert len(rewards) > 1
+
+
+def table_names(section):
+    """The names in the first column of all tables of a section of docs/metrics.md."""
+    text = (HERE / "docs/metrics.md").read_text()
+    body = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    names = re.findall(r"^\| `(\w+)` \|", body, flags=re.M)
+    assert len(names) == len(set(names))
+    return set(names)
+
+
+def phases(name):
+    """The names that a row such as seconds_PHASE of docs/metrics.md stands for."""
+    text = (HERE / "docs/metrics.md").read_text()
+    (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", text, flags=re.M)
+    return {name.replace("PHASE", phase) for phase in re.findall(r"`(\w+)`", row)}
+
+
+def test_metrics_page_names_what_runs_log(tmp_path, monkeypatch):
+    """Runs that between them switch on everything that is logged; and nothing else is on the page.
+
+    (peak memory, seconds and the rest too.)"""
+    monkeypatch.setattr(train, "Verifier", tiny_runs.Judge)
+    runs = tiny_runs.Runs(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        plain = runs.new()
+        everything = runs.new(kl_coef=0.1, old_logprobs="recompute", dtype="bfloat16")
+    logged = {"metrics": set(), "eval": set(), "groups": set()}
+    for directory in (plain, everything):
+        for name, names in logged.items():
+            for line in tiny_runs.lines(directory / f"{name}.jsonl"):
+                names |= line.keys()
+    named = table_names("metrics.jsonl")
+    for row in ("seconds_PHASE", "tokens_per_second_PHASE"):
+        named = named - {row} | phases(row)
+    assert logged["metrics"] == named
+    assert logged["eval"] == table_names("eval.jsonl")
+    assert logged["groups"] == table_names("groups.jsonl")
+    assert json.loads((plain / "run.json").read_text())["format"] == 2
+
+
+# ------------------------------------------------------------------------------------------- links
+
+
+def anchors(path):
+    """Anchors that GitHub makes of a document's headings."""
+    text = FENCE.sub("", path.read_text())
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", text, flags=re.M):
+        plain = re.sub(r"[^\w\- ]", "", heading.lower())
+        found.add(plain.replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    text = FENCE.sub("", document.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (document.parent / place).resolve() if place else document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
