@@ -142,46 +142,53 @@ def parse_flags(argv):
     share = number_in(float, "(0, 1]")
     add = parser.add_argument
     add("--model", required=True, help="directory or Hub id of a model")
-    add("--data", required=True, help="JSONL or parquet file, or hf://datasets/OWNER/NAME/FILE")
+    add("--data", required=True, help="problems: JSONL, parquet or hf://datasets/OWNER/NAME/FILE")
     add("--problem-field", help="field of the problem, a.b for b in a (default: known shapes)")
     add("--answer-field", help="field of the answer, likewise")
     add("--data-fraction", type=share, default=1.0, help="share of the problems, drawn by --seed")
     add("--k", type=count, help="samples per problem (default 8, with --greedy 1)")
     add("--temperature", type=positive, default=1.0, help="of sampling (for 0 say --greedy)")
-    add(
-        "--top-p", type=share, default=1.0, help="keep the top tokens of this probability (1 = all)"
-    )
-    add("--top-k", type=whole, default=0, help="keep this many most likely tokens (0 = all)")
-    add("--greedy", action="store_true", help="the likeliest token each time, one response each")
+    add("--top-p", type=share, default=1.0, help="nucleus sampling: probability kept (1 = all)")
+    add("--top-k", type=whole, default=0, help="sample from this many likeliest tokens (0 = all)")
+    add("--greedy", action="store_true", help="take the likeliest token, so one response a problem")
     add("--max-new-tokens", type=count, default=512, help="longest response in tokens")
     add("--limit", type=whole, default=0, help="only the first so many problems (0 = all)")
-    add("--seed", type=whole, default=0, help="seed of sampling, intervals and random weights")
+    add("--seed", type=whole, default=0, help="of sampling noise, intervals, random_init weights")
     add("--system", help="system message (default: none, or the chat template's own)")
-    add("--stop", action="append", default=[], help="one more token that ends a response")
+    add(
+        "--stop", action="append", default=[], help="another token that ends a response; repeatable"
+    )
     add("--instruction", default=INSTRUCTION, help="what follows a problem (default: %(default)s)")
     add("--reward", metavar="FILE.py:FUNCTION", help="grade with this function, not reward.grade")
-    add("--dtype", choices=("float32", "bfloat16", "float64"), help="default: bfloat16 on cuda")
+    dtypes = ("float32", "bfloat16", "float64")
+    add("--dtype", choices=dtypes, help="default: float32 on cpu, bfloat16 on cuda")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--rollout-batch", type=whole, default=256, help="most responses in flight (0 = all)")
     add("--out", metavar="FILE", help="write one JSON line per response, all of them or none")
     args = parser.parse_args(argv)
     distribution = (args.temperature, args.top_p, args.top_k)
     if args.greedy and (args.k not in (None, 1) or distribution != (1, 1, 0)):
-        parser.error("--greedy takes the likeliest token, once: no --k, --temperature, --top-p/k")
+        parser.error(
+            "--greedy has one response and no distribution: leave out --k, --temperature, --top-p "
+            "and --top-k"
+        )
     if bool(args.problem_field) != bool(args.answer_field):
         parser.error("--problem-field and --answer-field belong together")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, but torch finds no CUDA device here")
     if args.out and (Path(args.out).is_dir() or not os.access(Path(args.out).parent, os.W_OK)):
-        parser.error(f"--out {args.out} cannot be written: name a file in a writable directory")
+        parser.error(
+            f"--out {args.out} cannot be written: it needs a file name in an existing, writable "
+            "directory"
+        )
     args.k = args.k or (1 if args.greedy else 8)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return args
 
 
-def load_data(args):
-    """Load the problems of --data -> (problems, how many were dropped, by reason)."""
+def select_problems(args):
+    """The problems to ask -> (problems, Counter of those dropped by reason)."""
     shapes = SHAPES
     if args.problem_field:
         shapes = [(args.problem_field, args.answer_field, "solution")]
@@ -195,27 +202,15 @@ def load_data(args):
     return problems, dropped
 
 
-def encode_problems(tokenizer, problems, args, positions):
-    """Prompts of the problems, as token ids; each must leave room for --max-new-tokens."""
-    prompts = []
-    for problem in problems:
-        prompt = encode_prompt(tokenizer, problem.problem, args.system, args.instruction)
-        if len(prompt) + args.max_new_tokens > positions:
-            raise ValueError(
-                f"data row {problem.row}: {len(prompt)} prompt tokens and {args.max_new_tokens} "
-                f"new ones exceed the model's {positions} positions"
-            )
-        prompts.append(prompt)
-    return prompts
-
-
 def evaluate(args):
     """Sample and grade k responses to each problem, then print and write what they come to."""
-    problems, dropped = load_data(args)
+    problems, dropped = select_problems(args)
     model, tokenizer, stop_ids = load_model(
         args.model, args.dtype, args.device, args.stop, seed=args.seed
     )
-    prompts = encode_problems(tokenizer, problems, args, model.config.max_position_embeddings)
+    prompts = []
+    for problem in problems:
+        prompts.append(encode_prompt(tokenizer, problem.problem, args.system, args.instruction))
     print_settings(args, len(problems), dropped)
     started = time.monotonic()
     hidden = rank() > 0 or None  # None: a bar on a terminal, nothing in a log file
