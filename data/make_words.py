@@ -1,16 +1,17 @@
-"""Make one-step arithmetic word problems for a small pretrained model, as JSONL (`problem`, `answer`, `operation`).
+"""Make one-step arithmetic word problems for a small pretrained model, as JSONL.
 
-    python data/make_words.py                 # writes words_train.jsonl and words_test.jsonl beside this file
+    python data/make_words.py     # writes words_train.jsonl and words_test.jsonl here
 
-Each is a sum or a product of two numbers from 2 to 9, told as a story that ends with the operation in words: hard
-enough for a model of 135 million parameters, which is right on one in eight within 40 tokens. Held-out problems share
-the stories' patterns and the pairs of numbers with the training problems, but no problem text.
+Each is a sum or a product of two numbers from 2 to 9, told as a story that ends with the operation
+in words: hard enough for a model of 135 million parameters, which is right on one in eight within
+40 tokens. Held-out problems share the stories' patterns and the pairs of numbers with the training
+problems, but no problem text.
 """
 
 from make_arithmetic import write
 
-NAMES = ["Anna", "Ben", "Chloe", "David", "Emma", "Hugo", "Iris", "Jonas", "Lena", "Maria", "Noah", "Sam", "Tara"]
-THINGS = ["apples", "marbles", "stickers", "books", "coins", "pencils", "cookies", "shells", "cards", "balloons"]
+NAMES = "Anna Ben Chloe David Emma Hugo Iris Jonas Lena Maria Noah Sam Tara".split()
+THINGS = "apples marbles stickers books coins pencils cookies shells cards balloons".split()
 STORIES = {
     "plus": [
         "{n} has {a} {t} and gets {b} more. What is {a} + {b}?",
@@ -28,7 +29,8 @@ STORIES = {
 
 def problem(rng):
     operation = rng.choice(list(STORIES))
-    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    a = rng.randint(2, 9)
+    b = rng.randint(2, 9)
     n, m = rng.sample(NAMES, 2)
     text = rng.choice(STORIES[operation]).format(n=n, m=m, a=a, b=b, t=rng.choice(THINGS))
     answer = a + b if operation == "plus" else a * b
