@@ -1,6 +1,6 @@
 """Make the built-in task: short arithmetic in five levels, as JSONL.
 
-    python data/make_arithmetic.py     # writes arithmetic_train.jsonl and arithmetic_test.jsonl here
+    python data/make_arithmetic.py   # writes arithmetic_train.jsonl and arithmetic_test.jsonl here
 
 Level 1  one-digit sums and differences         7+8
 Level 2  a two-digit and a one-digit number     27-9
@@ -17,7 +17,8 @@ boxed result, or *bare*, the boxed result alone. Exercises come with worked solu
 quizzes come with a solution, nearly always a bare one, as in text found in the wild. So a tiny
 model that is warmed up on them can work problems out, but in a quiz it gives an answer without
 working, which it cannot find for the harder levels. Reinforcement learning has to discover that
-showing the work pays there too. `require_value` asks for a value: `\\boxed{7+8}` is no answer to 7+8.
+showing the work pays there too. `require_value` asks for a value: `\\boxed{7+8}` is no answer to
+7+8.
 """
 
 import argparse

@@ -10,8 +10,33 @@ problems, but no problem text.
 
 from make_arithmetic import write
 
-NAMES = "Anna Ben Chloe David Emma Hugo Iris Jonas Lena Maria Noah Sam Tara".split()
-THINGS = "apples marbles stickers books coins pencils cookies shells cards balloons".split()
+NAMES = [
+    "Anna",
+    "Ben",
+    "Chloe",
+    "David",
+    "Emma",
+    "Hugo",
+    "Iris",
+    "Jonas",
+    "Lena",
+    "Maria",
+    "Noah",
+    "Sam",
+    "Tara",
+]
+THINGS = [
+    "apples",
+    "marbles",
+    "stickers",
+    "books",
+    "coins",
+    "pencils",
+    "cookies",
+    "shells",
+    "cards",
+    "balloons",
+]
 STORIES = {
     "plus": [
         "{n} has {a} {t} and gets {b} more. What is {a} + {b}?",
