@@ -164,7 +164,7 @@ class KVCache:
             hidden = torch.arange(self.longest, device=device) > self.column[:, :, None]
             self.mask = torch.zeros(hidden.shape, dtype=self.layers[0].dtype, device=device)
             self.mask.masked_fill_(hidden, -torch.inf)
-        return model(ids, self.column, self.attend)
+        return model(ids, positions=self.column, attention=self.attend)
 
     def attend(self, layer, q, k, v):
         """Store k and v (B,T,K,E) at the positions of forward(), and attend: q (B,T,H,E) -> like
