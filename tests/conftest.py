@@ -1,4 +1,4 @@
-"""One thread and quiet, offline libraries for every test: figures are then steady and no test waits for a network."""
+"""One thread and quiet, offline libraries in every test: steady figures, no wait for a network."""
 
 import os
 
@@ -16,8 +16,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of optional material (labelled answers, GSM8K); tests that use it skip without COPO_SHARED."""
-    place = os.environ.get("COPO_SHARED")
-    if not place or not os.path.isdir(place):
+    """The folder of optional material (labelled answers, GSM8K). Tests skip without COPO_SHARED."""
+    folder = os.environ.get("COPO_SHARED")
+    if not folder or not os.path.isdir(folder):
         pytest.skip("COPO_SHARED does not name a directory")
-    return place
+    return folder
