@@ -61,7 +61,7 @@ def overlong_penalty(lengths, max_tokens, buffer, factor):
 
 
 def normalise(values, scale):
-    """Subtract each row's mean and, if scale, divide by its sample standard deviation: (N,K).
+    """Each row minus its mean and, if scale, over its sample standard deviation: (N,K) -> (N,K).
 
     A row is exactly 0 if its values are all equal or if it has one element. Otherwise the division
     by 1e-6 would blow up the rounding of the mean; the authors' code gives NaN for one element.
@@ -208,7 +208,7 @@ def effective_advantages(local_adv, global_adv, weight, global_coef=1.0):
 
 
 def clamped_difference(logprobs, old_logprobs):
-    """log q of each token, within ±20, so that exp() of it stays finite in float32."""
+    """logprobs − old_logprobs within ±20, where exp() of it is finite in float32: (B,T)."""
     return (logprobs - old_logprobs).clamp(-20, 20)
 
 
@@ -270,8 +270,9 @@ def aggregate(token_loss, mask, mode, max_tokens=None, num_tokens=None, num_sequ
         num_tokens = lengths.sum()
     if num_sequences is None:
         num_sequences = (lengths > 0).sum()
-    num_tokens = torch.as_tensor(num_tokens).to(token_loss).clamp(min=1)
-    num_sequences = torch.as_tensor(num_sequences).to(token_loss).clamp(min=1)
+    like = {"dtype": token_loss.dtype, "device": token_loss.device}
+    num_tokens = torch.as_tensor(num_tokens, **like).clamp(min=1)
+    num_sequences = torch.as_tensor(num_sequences, **like).clamp(min=1)
     if mode == "seq-mean-token-mean":
         # L = 1/N Σ_b 1/|o_b| Σ_t ℓ_bt                                         (GRPO, eq. 3; COPO)
         sequence_means = token_loss.sum(dim=1) / lengths.clamp(min=1)
@@ -302,7 +303,7 @@ def choose(table, name, what):
 
 
 def option(default, help, *, choices=None, interval=None):
-    """A field of Algorithm and a flag of train.py. interval "(0, 1]" is above 0 and at most 1."""
+    """A field of Algorithm, and so a flag of train.py; interval "(0, 1]": above 0, at most 1."""
     return field(default=default, metadata={"help": help, "choices": choices, "interval": interval})
 
 
@@ -313,9 +314,7 @@ class Algorithm:
     blend: str = option("soft-zero", "rule for w, the weight of the local loss", choices=BLENDS)
     gamma: float = option(5.0, "γ, steepness of w in the entropy, per bit", interval="[0, inf)")
     rho: float = option(1.0, "ρ, entropy at which w is one half, in bits", interval="(-inf, inf)")
-    advantage: str = option(
-        "group", "local advantage: within the group, the batch, or NGRPO's", choices=ADVANTAGES
-    )
+    advantage: str = option("group", "rule for A^l, the local advantage", choices=ADVANTAGES)
     scale_advantages: bool = option(True, "divide advantages by their standard deviation")
     global_coef: float = option(
         1.0, "factor of the global loss (0 = disabled)", interval="[0, inf)"
@@ -332,13 +331,15 @@ class Algorithm:
     kl_coef: float = option(
         0.0, "β of the KL to the initial model, in the loss (0 = disabled)", interval="[0, inf)"
     )
-    kl_estimator: str = option("k3", "estimator of that KL", choices=KL_ESTIMATORS)
+    kl_estimator: str = option("k3", "estimator of the KL", choices=KL_ESTIMATORS)
     dynamic_sampling: bool = option(False, "replace groups that are all right or all wrong")
     overlong_factor: float = option(
         0.0, "size of the penalty on length (0 = disabled)", interval="[0, inf)"
     )
     overlong_buffer: float = option(
-        0.2, "tokens over which it grows; below 1: a share of the limit", interval="(0, inf)"
+        0.2,
+        "tokens over which the penalty grows; below 1: a share of the limit",
+        interval="(0, inf)",
     )
 
 
@@ -431,13 +432,13 @@ def copo_loss(
     """COPO's loss for one micro-batch -> (loss, {metric: (sum, count)}).
 
     logprobs, old_logprobs, mask, ref_logprobs (B,T); advantages: the RowAdvantages of these B rows.
-    Only logprobs gets a gradient. max_tokens and the two counts are those of aggregate(). Sums and
-    counts of all micro-batches are to be added before they are divided.
+    Only logprobs gets a gradient. max_tokens and the two counts are those of aggregate(). Add the
+    metrics' sums and counts over all micro-batches and ranks, then divide.
     """
     if algorithm.kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef is {algorithm.kl_coef} but there are no reference log-probs")
     mask = mask.bool()
-    # Beyond a response's end stands anything, NaN included: zero it before the first subtraction.
+    # Beyond a response's end may be anything, NaN included: zero it before the first subtraction.
     logprobs = torch.where(mask, logprobs, 0.0)
     old_logprobs = torch.where(mask, old_logprobs.detach().to(logprobs), 0.0)
     local_adv = advantages.local_adv.detach().to(logprobs)[:, None]
@@ -480,7 +481,7 @@ def sum_and_count(values, mask):
 
 
 def local_share(local_term, global_term, mask):
-    """Share of the gradient that the local loss has: two (B,1), mask (B,T) -> (sum, count)."""
+    """The local loss's share of the gradient: two (B,1) and mask (B,T) -> (sum, count)."""
     size = local_term.abs() + global_term.abs()
     # |w A^l| / (|w A^l| + |coef (1−w) A^g|); where both are 0 there is no gradient to share out
     share = torch.where(size > 0, local_term.abs() / size, 0.0)
@@ -518,26 +519,26 @@ def print_worked_batch():
     print(f"\nGRPO wastes the groups of prompts {prompts}: all right or all wrong, so A^l = 0.")
 
 
+LEGEND = """\
+One batch: 9 prompts, 6 responses each. Answer A is right, other letters are wrong, - is no answer.
+Of two figures the first is for the right responses, the second for the wrong; w is that of copo.
+
+prompt  rewards      answers           H      R          w               A^l          A^g"""
+
+
 def print_quantities(correct, result):
-    print(
-        "One batch: 9 prompts, 6 responses each. Answer A is right, other letters are wrong, "
-        "- is no answer."
-    )
-    print(
-        "Of two figures the first is for the right responses, the second for the wrong; "
-        "w is that of copo.\n"
-    )
-    print(
-        "prompt  rewards      answers           H      R          w               A^l          A^g"
-    )
+    print(LEGEND)
     for i, answers in enumerate(ANSWERS):
         verdicts = " ".join(str(verdict) for verdict in correct[i].int().tolist())
-        weight = right_and_wrong(result.weight[i], correct[i])
-        local_adv = right_and_wrong(result.local_adv[i], correct[i])
-        print(f"{i + 1:<8}{verdicts}  {' '.join(answers)}  {result.entropy[i]:6.3f}", end=" ")
-        print(
-            f"{result.global_rewards[i]:6.3f}  {weight}  {local_adv}  {result.global_adv[i]:7.3f}"
-        )
+        cells = [
+            f"{i + 1:<8}{verdicts}",
+            " ".join(answers),
+            f"{result.entropy[i]:6.3f} {result.global_rewards[i]:6.3f}",
+            right_and_wrong(result.weight[i], correct[i]),
+            right_and_wrong(result.local_adv[i], correct[i]),
+            f"{result.global_adv[i]:7.3f}",
+        ]
+        print("  ".join(cells))
     mean = result.global_rewards.mean()
     std = result.global_rewards.std()
     print(f"\nR over the prompts: mean {mean:.3f}, standard deviation {std:.3f}")
@@ -547,9 +548,8 @@ def print_effective_advantages(correct, results):
     print("\nEffective advantage w A^l + (1 - w) A^g of the right and of the wrong responses\n")
     print_table_row("prompt", results)
     for i in range(len(correct)):
-        print_table_row(
-            i + 1, [right_and_wrong(r.effective[i], correct[i]) for r in results.values()]
-        )
+        cells = [right_and_wrong(result.effective[i], correct[i]) for result in results.values()]
+        print_table_row(i + 1, cells)
     num_wrong = int((~correct).sum())
     pushed_up = []
     idle = []
@@ -577,13 +577,17 @@ def right_and_wrong(values, correct):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print one worked batch, every quantity.")
-    parser.add_argument("--groups", nargs="*", help=argparse.SUPPRESS)
+    # An old flag: it names the command that took its place.
+    parser.add_argument("--groups", nargs="?", const="RUN/groups.jsonl", help=argparse.SUPPRESS)
     args, unknown = parser.parse_known_args(argv)
+    error = None
     if args.groups is not None:
-        print("copo.py: for saved groups: python study/lab.py RUN/groups.jsonl", file=sys.stderr)
+        error = f"that is now: python study/lab.py {args.groups}"
+    elif unknown:
+        error = f"unrecognized arguments: {' '.join(unknown)}"
+    if error:
+        print(f"copo.py: {error}", file=sys.stderr)
         raise SystemExit(2)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     print_worked_batch()
 
 

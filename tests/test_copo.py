@@ -1,43 +1,46 @@
-"""The mathematics of copo.py against numbers computed by hand, from the equations and not from the code.
+"""The mathematics of copo.py against numbers computed by hand, from the equations, not the code.
 
-Bugs these tests guard against, most of them seen in public code of this kind: the population standard deviation for
-the sample one; NaN for a group or a batch of one; rounding noise blown up to an advantage of ±1 in a group of equal
-rewards; a gate that asks the reward and not the verdict; advantages blended where losses should be; one clip side
-applied for both signs of the advantage; a mask by multiplication, which lets NaN through; a loss averaged per
-micro-batch; an exp that overflows; a KL gradient with the wrong sign; presets that drift from the paper's values.
+Bugs these tests guard against, most of them seen in public code of this kind: the population
+standard deviation for the sample one; NaN for a group or a batch of one; rounding noise blown up to
+an advantage of ±1 in a group of equal rewards; a gate that asks the reward and not the verdict;
+advantages blended where losses should be; one clip side applied for both signs of the advantage; a
+mask by multiplication, which lets NaN through; a loss averaged per micro-batch; an exp that
+overflows; a KL gradient with the wrong sign; presets that drift from the paper's values; a rule
+that is entered in its table and not used.
 """
 
-import json
 import math
-import sys
 from collections import Counter
+from dataclasses import asdict, fields
 
 import pytest
-import tiny_runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import copo
-import train
 
 steady = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 F64 = {"dtype": torch.float64}
 
 
 def close(actual, expected, tol=1e-12):
-    torch.testing.assert_close(torch.as_tensor(actual, **F64), torch.as_tensor(expected, **F64), rtol=0, atol=tol)
+    actual, expected = torch.as_tensor(actual, **F64), torch.as_tensor(expected, **F64)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tol)
 
 
-# ------------------------------------------------------------------------------------------------ entropy
+# ---------------------------------------------------------------------------------------- entropy
 
 
 def test_entropy_by_hand():
-    classes = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 1, 1], [0, 0, 0, 1], [-1, -1, -1, -1], [5, -1, 900, 5]])
+    classes = torch.tensor(
+        [[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 1, 1], [0, 0, 0, 1], [-1, -1, -1, -1], [5, -1, 900, 5]]
+    )
     # 3:1 is 2 − 0.75·log2 3 = 0.8112781244591328; 2:1:1 is 1.5 bits
     close(copo.consistency_entropy(classes), [0.0, 2.0, 1.0, 0.8112781244591328, 0.0, 1.5])
     assert copo.consistency_entropy(classes).dtype == torch.float64
-    assert copo.consistency_entropy(classes)[4].item() == 0.0  # never answering is consistent, exactly
+    # never answering is consistent, exactly
+    assert copo.consistency_entropy(classes)[4].item() == 0.0
     close(copo.consistency_entropy(torch.tensor([[7]])), [0.0])
 
 
@@ -47,19 +50,21 @@ def test_entropy_depends_on_the_partition_only(labels):
     shares = [n / len(labels) for n in Counter(labels).values()]
     renamed = [1000 - 37 * label for label in reversed(labels)]
     for row in (labels, renamed):
-        close(copo.consistency_entropy(torch.tensor([row])), [-sum(p * math.log2(p) for p in shares)], 1e-12)
+        expected = -sum(p * math.log2(p) for p in shares)
+        close(copo.consistency_entropy(torch.tensor([row])), [expected], 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------ local advantages
+# ------------------------------------------------------------------------------- local advantages
 
 
 def test_group_advantage_uses_the_sample_standard_deviation():
-    # 1 1 0 0: std with n−1 is √(1/3), with n it would be 1/2. 1 0 0 0: mean 1/4, std √(3/4/3) = 1/2.
+    # 1 1 0 0: std with n−1 is √(1/3), with n it would be 1/2. 1 0 0 0: mean 1/4, std √(3/4/3) = ½.
     half = 0.5 / (math.sqrt(1 / 3) + 1e-6)
     advantages = copo.local_advantages(torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]]))
     close(advantages, [[half, half, -half, -half], [0.75 / 0.500001] + [-0.25 / 0.500001] * 3])
     assert advantages.dtype == torch.float64
-    close(copo.local_advantages(torch.tensor([[1, 1, 0, 0]]).bool(), scale=False), [[0.5, 0.5, -0.5, -0.5]])
+    verdicts = torch.tensor([[1, 1, 0, 0]]).bool()
+    close(copo.local_advantages(verdicts, scale=False), [[0.5, 0.5, -0.5, -0.5]])
 
 
 @pytest.mark.parametrize("scale", [True, False])
@@ -81,18 +86,21 @@ def test_batch_advantage_is_over_the_whole_step():
     std = math.sqrt(15 / 56) + 1e-6
     right, wrong = 0.625 / std, -0.375 / std
     close(copo.local_advantages(rewards, "batch"), [[right] * 3 + [wrong], [wrong] * 4])
-    close(copo.local_advantages(rewards, "batch", scale=False), [[0.625] * 3 + [-0.375], [-0.375] * 4])
+    unscaled = copo.local_advantages(rewards, "batch", scale=False)
+    close(unscaled, [[0.625] * 3 + [-0.375], [-0.375] * 4])
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 6, 8])
 def test_ngrpo_all_wrong(group_size):
     expected = -1 / math.sqrt(group_size + 1)
-    close(copo.local_advantages(torch.zeros(1, group_size), "ngrpo"), [[expected] * group_size], 1e-5)
+    advantages = copo.local_advantages(torch.zeros(1, group_size), "ngrpo")
+    close(advantages, [[expected] * group_size], 1e-5)
     assert (copo.local_advantages(torch.ones(1, group_size), "ngrpo") == 0).all()
 
 
 def test_ngrpo_mixed():
-    # 1 0 0 and a virtual 1: mean 1/2, sample std √(1/3), as in the group 1 1 0 0; the virtual response gets no row
+    # 1 0 0 and a virtual 1: mean 1/2, sample std √(1/3), as in the group 1 1 0 0; the virtual
+    # response gets no row
     half = 0.5 / (math.sqrt(1 / 3) + 1e-6)
     close(copo.local_advantages(torch.tensor([[1.0, 0, 0]]), "ngrpo"), [[half, -half, -half]])
 
@@ -114,9 +122,11 @@ def test_unknown_names_are_refused_by_name():
         copo.local_weight(one[:, 0], one.bool(), one, "soft_zero", 5.0, 1.0)
     with pytest.raises(ValueError, match="aggregation is 'mean'"):
         copo.aggregate(one, one, "mean")
+    with pytest.raises(ValueError, match="KL estimator is 'k1'"):
+        copo_loss(one, one, one, one[0], one[0], one[0], ref_logprobs=one, kl_estimator="k1")
 
 
-# ------------------------------------------------------------------------------------------------ global
+# ----------------------------------------------------------------------------------------- global
 
 
 def test_global_rewards_and_the_consistency_coefficient():
@@ -127,20 +137,23 @@ def test_global_rewards_and_the_consistency_coefficient():
     close(copo.global_rewards(verdicts, entropy, True), [1.0, 0.0625, 0.3125, 0.0])
     # G = 6: λ = (5/6)/log2 6 = 0.32237...
     six = torch.tensor([[1, 0, 0, 0, 0, 0]])
-    close(copo.global_rewards(six, torch.tensor([1.0]), True), [(1 - (5 / 6) / 2.584962500721156) / 6])
-    close(copo.global_rewards(torch.tensor([[1], [0]]), torch.zeros(2), True), [1.0, 0.0])  # G = 1: log2 1 = 0
+    expected = (1 - (5 / 6) / 2.584962500721156) / 6
+    close(copo.global_rewards(six, torch.tensor([1.0]), True), [expected])
+    # G = 1: log2 1 = 0
+    close(copo.global_rewards(torch.tensor([[1], [0]]), torch.zeros(2), True), [1.0, 0.0])
 
 
 def test_global_advantages_by_hand():
     # 1, 1/2, 0: mean 1/2, sample std 1/2 (with n it would be 0.408)
-    close(copo.global_advantages(torch.tensor([1.0, 0.5, 0.0])), [0.5 / 0.500001, 0.0, -0.5 / 0.500001])
-    close(copo.global_advantages(torch.tensor([1.0, 0.5, 0.0]), scale=False), [0.5, 0.0, -0.5])
+    prompt_rewards = torch.tensor([1.0, 0.5, 0.0])
+    close(copo.global_advantages(prompt_rewards), [0.5 / 0.500001, 0.0, -0.5 / 0.500001])
+    close(copo.global_advantages(prompt_rewards, scale=False), [0.5, 0.0, -0.5])
     for equal in ([0.3], [0.1] * 7, [0.0, 0.0], []):
         advantages = copo.global_advantages(torch.tensor(equal, **F64))
         assert advantages.shape == (len(equal),) and (advantages == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------ blends
+# ----------------------------------------------------------------------------------------- blends
 
 S0, S1, S2 = 0.0066928509242848554, 0.5, 0.9933071490757153  # σ(5(H−1)) at H = 0, 1, 2
 
@@ -148,7 +161,7 @@ S0, S1, S2 = 0.0066928509242848554, 0.5, 0.9933071490757153  # σ(5(H−1)) at H
 @pytest.mark.parametrize(
     ("blend", "expected"),
     [
-        # groups:          all right, H = 0   all wrong, H = 2   mixed, H = 1: right right wrong wrong
+        # groups: all right, H = 0; all wrong, H = 2; mixed, H = 1: right right wrong wrong
         ("soft", [[S0] * 4, [S2] * 4, [S1] * 4]),
         ("soft-zero", [[S0] * 4, [0] * 4, [S1, S1, 0, 0]]),
         ("soft-zero-group", [[S0] * 4, [0] * 4, [S1] * 4]),
@@ -164,7 +177,8 @@ def test_every_blend(blend, expected):
     classes = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 1, 1]])
     correct = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]]).bool()
     entropy = copo.consistency_entropy(classes)
-    # Rewards with a penalty, so that A^l is nowhere 0 and no reward is 0: gates must look at the verdict all the same
+    # Rewards with a penalty, so that A^l is nowhere 0 and no reward is 0: gates must look at the
+    # verdict all the same
     local_adv = copo.local_advantages(correct.double() - torch.linspace(0.1, 0.4, 4, **F64))
     close(copo.local_weight(entropy, correct, local_adv, blend, 5.0, 1.0), expected)
 
@@ -182,10 +196,13 @@ def test_weight_uses_gamma_and_rho():
 
 
 def test_effective_advantages():
-    local_adv, weight = torch.tensor([[2.0, -1.0], [4.0, 0.0]], **F64), torch.tensor([[0.25, 0.5], [1.0, 0.0]], **F64)
+    local_adv = torch.tensor([[2.0, -1.0], [4.0, 0.0]], **F64)
+    weight = torch.tensor([[0.25, 0.5], [1.0, 0.0]], **F64)
     global_adv = torch.tensor([1.0, -3.0], **F64)
-    close(copo.effective_advantages(local_adv, global_adv, weight, 1.0), [[1.25, 0.0], [4.0, -3.0]])
-    close(copo.effective_advantages(local_adv, global_adv, weight, 0.1), [[0.575, -0.45], [4.0, -0.3]])
+    effective = copo.effective_advantages(local_adv, global_adv, weight, 1.0)
+    close(effective, [[1.25, 0.0], [4.0, -3.0]])
+    effective = copo.effective_advantages(local_adv, global_adv, weight, 0.1)
+    close(effective, [[0.575, -0.45], [4.0, -0.3]])
 
 
 def test_mixed_groups():
@@ -194,25 +211,30 @@ def test_mixed_groups():
     assert copo.is_mixed(torch.tensor([[True], [False]])).tolist() == [False, False]
 
 
-# ------------------------------------------------------------------------------------------------ two consequences
+# ------------------------------------------------------------------------------- two consequences
 
 
 def test_per_response_gate_pushes_wrong_answers_above_right_ones():
-    """G = 6, five right; the batch has R mean .255 and std .346. Right / wrong: GRPO +.41/−2.04, soft-zero +1.48/+1.67,
-    soft-zero-group +1.48/+1.12."""
+    """G = 6, five right; the batch has R mean .255 and std .346. Right / wrong: GRPO +.41/−2.04,
+    soft-zero +1.48/+1.67, soft-zero-group +1.48/+1.12."""
     classes = torch.tensor([[0, 0, 0, 0, 0, 1]])
     correct = classes == 0
     entropy, local_adv = copo.consistency_entropy(classes), copo.local_advantages(correct)
     close(entropy, [0.6500224216483541])
     global_adv = (copo.global_rewards(correct, entropy) - 0.255) / 0.346
-    for blend, right, wrong in (("local", 0.41, -2.04), ("soft-zero", 1.48, 1.67), ("soft-zero-group", 1.48, 1.12)):
+    expected = {
+        "local": (0.41, -2.04),
+        "soft-zero": (1.48, 1.67),
+        "soft-zero-group": (1.48, 1.12),
+    }
+    for blend, (right, wrong) in expected.items():
         weight = copo.local_weight(entropy, correct, local_adv, blend, 5.0, 1.0)
         advantages = copo.effective_advantages(local_adv, global_adv, weight)[0]
         close(advantages, [right] * 5 + [wrong], 0.005)
 
 
 def test_soft_starves_a_diverse_all_wrong_group_and_the_zero_gate_feeds_it():
-    """Six different wrong answers: H = log2 6, w = σ(5·1.585) = .9996, A^l = 0, so 0.04 % of A^g is left."""
+    """Six different wrong answers: H = log2 6, w = σ(5·1.585) = .9996, A^l = 0: 0.04 % of A^g."""
     classes = torch.arange(6)[None]
     correct = torch.zeros(1, 6).bool()
     entropy, local_adv = copo.consistency_entropy(classes), copo.local_advantages(correct)
@@ -220,16 +242,17 @@ def test_soft_starves_a_diverse_all_wrong_group_and_the_zero_gate_feeds_it():
     left = {}
     for blend in ("local", "soft", "soft-zero", "soft-zero-group"):
         weight = copo.local_weight(entropy, correct, local_adv, blend, 5.0, 1.0)
-        left[blend] = (copo.effective_advantages(local_adv, global_adv, weight) / global_adv)[0, 0].item()
+        effective = copo.effective_advantages(local_adv, global_adv, weight)
+        left[blend] = (effective / global_adv)[0, 0].item()
     assert left["local"] == 0
     assert left["soft"] == pytest.approx(1 / (1 + math.exp(5 * (math.log2(6) - 1))), rel=1e-9)
     assert left["soft"] < 4e-4
     assert left["soft-zero"] == left["soft-zero-group"] == 1
 
 
-# ------------------------------------------------------------------------------------------------ the clipped loss
+# ------------------------------------------------------------------------------- the clipped loss
 
-# ε_low 0.2, ε_high 0.3, c 3: ratio, advantage, loss, derivative by logp (which is −q·A, or 0 where clipped)
+# ε_low 0.2, ε_high 0.3, c 3: ratio, advantage, loss, derivative by logp (−q·A, or 0 where clipped)
 CLIP_CASES = [
     (1.0, 2.0, -2.0, -2.0),
     (1.0, -2.0, 2.0, 2.0),
@@ -265,7 +288,8 @@ def test_dual_clip_can_be_off():
 def test_one_advantage_per_row_not_per_column():
     zeros, advantages = torch.zeros(2, 2, **F64), torch.tensor([1.0, 3.0], **F64)
     close(copo.clipped_loss(zeros, zeros, advantages, 0.2, 0.2, 3.0), [[-1, -1], [-3, -3]])
-    close(copo.clipped_loss(zeros, zeros, advantages.expand(2, 2), 0.2, 0.2, 3.0), [[-1, -3], [-1, -3]])
+    per_token = copo.clipped_loss(zeros, zeros, advantages.expand(2, 2), 0.2, 0.2, 3.0)
+    close(per_token, [[-1, -3], [-1, -3]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -273,14 +297,15 @@ def test_one_advantage_per_row_not_per_column():
 @pytest.mark.parametrize("advantage", [1.5, -1.5])
 def test_extreme_log_ratios_stay_finite(distance, advantage, dtype):
     logprobs = torch.full((1, 3), -1.0 + distance, dtype=dtype, requires_grad=True)
-    old, mask, adv = torch.full((1, 3), -1.0, dtype=dtype), torch.ones(1, 3), torch.tensor([advantage], **F64)
-    loss, metrics = copo.copo_loss(
-        logprobs, old, mask, adv, -adv, torch.tensor([0.3], **F64), ref_logprobs=old, kl_coef=0.1, dual_clip=0
-    )
+    old = torch.full((1, 3), -1.0, dtype=dtype)
+    adv = torch.tensor([advantage], **F64)
+    rows = (old, torch.ones(1, 3), adv, -adv, torch.tensor([0.3], **F64))
+    loss, metrics = copo_loss(logprobs, *rows, ref_logprobs=old, kl_coef=0.1, dual_clip=0)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
     assert all(math.isfinite(total) and math.isfinite(count) for total, count in metrics.values())
-    # q = e^±20, by hand: the term with A < 0 keeps q above 1, the other is clipped at 1.2; below 1 the reverse at 0.8
+    # q = e^±20, by hand: the term with A < 0 keeps q above 1, the other is clipped at 1.2; below 1
+    # the reverse at 0.8
     q, large, small = math.exp(math.copysign(20, distance)), 0.7, 0.3
     positive, negative = (small, large) if advantage > 0 else (large, small)
     clipped = 1.5 * (-positive * min(q, 1.2) + negative * max(q, 0.8))
@@ -288,7 +313,7 @@ def test_extreme_log_ratios_stay_finite(distance, advantage, dtype):
     assert loss.item() == pytest.approx(clipped + 0.1 * (math.expm1(gap) - gap), rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ aggregation
+# ------------------------------------------------------------------------------------ aggregation
 
 LOSSES = torch.tensor([[1.0, 2.0, 3.0, 9.0], [5.0, 9.0, 9.0, 9.0], [2.0, 4.0, 9.0, 9.0]], **F64)
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
@@ -303,7 +328,8 @@ AGGREGATES = {
 @pytest.mark.parametrize("mode", copo.AGGREGATIONS)
 def test_aggregation_by_hand(mode):
     close(copo.aggregate(LOSSES, MASK, mode, max_tokens=8), AGGREGATES[mode])
-    close(copo.aggregate(LOSSES, MASK.int(), mode, max_tokens=8), AGGREGATES[mode])  # masks of any type
+    # masks of any type
+    close(copo.aggregate(LOSSES, MASK.int(), mode, max_tokens=8), AGGREGATES[mode])
     # Counts of a larger update: 12 tokens in 5 sequences
     scale = 6 / 12 if mode == "token-mean" else 3 / 5
     share = copo.aggregate(LOSSES, MASK, mode, max_tokens=8, num_tokens=12, num_sequences=5)
@@ -313,11 +339,15 @@ def test_aggregation_by_hand(mode):
 @pytest.mark.parametrize("mode", copo.AGGREGATIONS)
 def test_shares_of_micro_batches_sum_to_the_whole(mode):
     counts = {"max_tokens": 8, "num_tokens": MASK.sum(), "num_sequences": 3}
-    shares = [copo.aggregate(LOSSES[rows], MASK[rows], mode, **counts) for rows in ([2], [], [0, 1])]
+    shares = []
+    for rows in ([2], [], [0, 1]):
+        shares.append(copo.aggregate(LOSSES[rows], MASK[rows], mode, **counts))
     close(sum(shares), AGGREGATES[mode])
-    # Rows of padding (an empty micro-batch on a rank with nothing left) add exactly nothing, and are no sequences
-    padded = torch.cat([LOSSES, torch.full((2, 4), math.nan, **F64)]), torch.cat([MASK, torch.zeros(2, 4).bool()])
-    close(copo.aggregate(*padded, mode, max_tokens=8), AGGREGATES[mode])
+    # Rows of padding (an empty micro-batch on a rank with nothing left) add exactly nothing, and
+    # are no sequences
+    losses = torch.cat([LOSSES, torch.full((2, 4), math.nan, **F64)])
+    mask = torch.cat([MASK, torch.zeros(2, 4).bool()])
+    close(copo.aggregate(losses, mask, mode, max_tokens=8), AGGREGATES[mode])
     empty = torch.full((2, 4), math.nan, requires_grad=True, **F64)
     nothing = copo.aggregate(empty, torch.zeros(2, 4), mode, max_tokens=8)
     nothing.backward()
@@ -329,11 +359,19 @@ def test_sum_norm_needs_the_fixed_length():
         copo.aggregate(LOSSES, MASK, "seq-mean-token-sum-norm")
 
 
-# ------------------------------------------------------------------------------------------------ the whole loss
+# --------------------------------------------------------------------------------- the whole loss
+
+
+def copo_loss(logprobs, old, mask, local_adv, global_adv, weight, **options):
+    """copo.copo_loss with the algorithm's fields, those of copo unless given, as keywords."""
+    names = {field.name for field in fields(copo.Algorithm)} & options.keys()
+    algorithm = copo.Algorithm(**{name: options.pop(name) for name in names})
+    rows = copo.RowAdvantages(local_adv, global_adv, weight)
+    return copo.copo_loss(logprobs, old, mask, rows, algorithm, **options)
 
 
 def random_rows(seed, rows=6, tokens=5, spread=0.5):
-    """Log-probs, old ones, a mask with rows of every length, both advantages and weights, in float64."""
+    """Log-probs, old ones, a mask with rows of every length, both advantages, weights; float64."""
     generator = torch.Generator().manual_seed(seed)
     old = -2 * torch.rand(rows, tokens, generator=generator, **F64)
     logprobs = old + spread * torch.randn(rows, tokens, generator=generator, **F64)
@@ -344,16 +382,17 @@ def random_rows(seed, rows=6, tokens=5, spread=0.5):
 
 
 def test_losses_are_blended_not_advantages():
-    """q = 1.5, A^l = 1 (clipped at 1.2), A^g = −1 (not clipped), w = 1/2: ½·(−1.2) + ½·1.5 = 0.15, slope ½·1.5.
-    Blending advantages first would give 0."""
+    """q = 1.5, A^l = 1 (clipped at 1.2), A^g = −1 (not clipped), w = 1/2: ½·(−1.2) + ½·1.5 = 0.15,
+    slope ½·1.5. Blending advantages first would give 0."""
     old = torch.zeros(1, 1, **F64)
     logprobs = torch.full((1, 1), math.log(1.5), requires_grad=True, **F64)
     one = torch.ones(1, **F64)
-    loss, _ = copo.copo_loss(logprobs, old, old == 0, one, -one, one / 2)
+    loss, _ = copo_loss(logprobs, old, old == 0, one, -one, one / 2)
     loss.backward()
     close(loss.item(), 0.15)
     close(logprobs.grad, [[0.75]])
-    close(copo.copo_loss(logprobs, old, old == 0, one, -one, one / 2, global_coef=0.1)[0].item(), -0.6 + 0.075)
+    loss, _ = copo_loss(logprobs, old, old == 0, one, -one, one / 2, global_coef=0.1)
+    close(loss.item(), -0.6 + 0.075)
 
 
 @pytest.mark.parametrize("mode", copo.AGGREGATIONS)
@@ -362,7 +401,7 @@ def test_on_policy_gradient_is_reinforce_with_the_blended_advantage(mode):
     coef = 0.7
     leaf = logprobs.clone().requires_grad_()
     options = {"aggregation": mode, "max_tokens": 5, "global_coef": coef}
-    copo.copo_loss(leaf, logprobs, mask, local_adv, global_adv, weight, **options)[0].backward()
+    copo_loss(leaf, logprobs, mask, local_adv, global_adv, weight, **options)[0].backward()
     blended = weight * local_adv + coef * (1 - weight) * global_adv
     per_token = {  # what a token's −A·logp is divided by
         "seq-mean-token-mean": 6 * mask.sum(1, keepdim=True),
@@ -378,9 +417,11 @@ def test_gradient_by_finite_differences(mode):
     logprobs, old, mask, local_adv, global_adv, weight = random_rows(3)
     ref = old - 0.3
 
+    rows = (old, mask, local_adv, global_adv, weight)
+    options = {"aggregation": mode, "max_tokens": 5, "dual_clip": 1.5, "global_coef": 0.5}
+
     def loss(values):
-        options = {"aggregation": mode, "max_tokens": 5, "dual_clip": 1.5, "global_coef": 0.5, "kl_coef": 0.2}
-        return copo.copo_loss(values, old, mask, local_adv, global_adv, weight, ref_logprobs=ref, **options)[0]
+        return copo_loss(values, *rows, ref_logprobs=ref, kl_coef=0.2, **options)[0]
 
     leaf = logprobs.clone().requires_grad_()
     loss(leaf).backward()
@@ -396,7 +437,7 @@ def test_gradient_by_finite_differences(mode):
 def test_old_reference_and_weights_get_no_gradient():
     rows = random_rows(1)
     leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in rows]
-    loss, metrics = copo.copo_loss(*leaves, ref_logprobs=leaves[1], kl_coef=0.1)
+    loss, metrics = copo_loss(*leaves, ref_logprobs=leaves[1], kl_coef=0.1)
     loss.backward()
     assert leaves[0].grad is not None
     assert all(leaf.grad is None for leaf in leaves[1:])
@@ -408,53 +449,89 @@ def test_nothing_leaks_from_masked_positions(garbage):
     logprobs, old, mask, *rest = random_rows(2)
     options = {"kl_coef": 0.3}
     clean_leaf = torch.where(mask, logprobs, 0.0).requires_grad_()
-    clean, clean_metrics = copo.copo_loss(clean_leaf, old, mask, *rest, ref_logprobs=old + 0.1, **options)
+    ref = old + 0.1
+    clean, clean_metrics = copo_loss(clean_leaf, old, mask, *rest, ref_logprobs=ref, **options)
     clean.backward()
-    for poisoned in range(3):  # the policy's, the old and the reference log-probs, one after the other and together
-        tensors = [logprobs, old, old + 0.1]
+    # the policy's, the old and the reference log-probs, one after the other and together
+    for poisoned in range(3):
+        tensors = [logprobs, old, ref]
         tensors[poisoned:] = [torch.where(mask, x, garbage) for x in tensors[poisoned:]]
         leaf = tensors[0].clone().requires_grad_()
-        loss, metrics = copo.copo_loss(leaf, tensors[1], mask, *rest, ref_logprobs=tensors[2], **options)
+        loss, metrics = copo_loss(leaf, tensors[1], mask, *rest, ref_logprobs=tensors[2], **options)
         loss.backward()
         assert torch.equal(loss, clean) and torch.equal(leaf.grad, clean_leaf.grad)
         assert metrics == clean_metrics
 
 
 def test_k3_by_hand():
-    """d = ref − logp: e^d − 1 − d is 0.0258.. at +0.22 and 0.0225.. at −0.22; at 1e-9 it is d²/2, which exp(d) − 1
-    would lose to rounding. Its slope by logp is 1 − e^d."""
+    """d = ref − logp: e^d − 1 − d is 0.0258.. at +0.22 and 0.0225.. at −0.22; at 1e-9 it is d²/2,
+    which exp(d) − 1 would lose to rounding. Its slope by logp is 1 − e^d."""
     distance = torch.tensor([[0.22, -0.22, 0.0, 1e-9]], **F64)
     logprobs = torch.full((1, 4), -1.0, **F64).requires_grad_()
     zero = torch.zeros(1, **F64)
     args = (logprobs.detach(), torch.ones(1, 4), zero, zero, zero)
-    loss, metrics = copo.copo_loss(logprobs, *args, ref_logprobs=-1.0 + distance, kl_coef=0.5, aggregation="token-mean")
+    ref = -1.0 + distance
+    options = {"kl_coef": 0.5, "aggregation": "token-mean"}
+    loss, metrics = copo_loss(logprobs, *args, ref_logprobs=ref, **options)
     expected = [0.02607673058738085, 0.022518797962, 0.0, 0.0]
     close(loss.item(), 0.5 * sum(expected) / 4, 1e-12)
     close(metrics["kl"][0], sum(expected), 1e-11)
     loss.backward()
     close(logprobs.grad, 0.5 * (1 - distance.exp()) / 4)
     # β = 0 with a reference: a metric, no loss. β > 0 without one is a mistake.
-    assert copo.copo_loss(logprobs, *args, ref_logprobs=-1.0 + distance)[0] == 0
+    assert copo_loss(logprobs, *args, ref_logprobs=ref)[0] == 0
     with pytest.raises(ValueError, match=r"kl_coef is 0\.5"):
-        copo.copo_loss(logprobs, *args, kl_coef=0.5)
+        copo_loss(logprobs, *args, kl_coef=0.5)
+
+
+def test_k2_by_hand():
+    """d²/2, and its slope by logp is −d: the gradient of KL(π‖ref) on samples of π."""
+    distance = torch.tensor([[0.22, -0.22, 0.0, 3.0]], **F64)
+    logprobs = torch.full((1, 4), -1.0, **F64).requires_grad_()
+    zero = torch.zeros(1, **F64)
+    rows = (logprobs.detach(), torch.ones(1, 4), zero, zero, zero)
+    options = {"kl_coef": 0.5, "kl_estimator": "k2", "aggregation": "token-mean"}
+    loss, metrics = copo_loss(logprobs, *rows, ref_logprobs=-1.0 + distance, **options)
+    expected = [0.0242, 0.0242, 0.0, 4.5]
+    close(loss.item(), 0.5 * sum(expected) / 4)
+    close(metrics["kl"][0], sum(expected))
+    loss.backward()
+    close(logprobs.grad, 0.5 * -distance / 4)
+
+
+@pytest.mark.parametrize("name", ["k2", "k3"])
+def test_kl_estimators_by_expectation(name):
+    """Exact means over a policy of three tokens: k3 has the value of KL(π‖ref), k2 its gradient."""
+    logits = torch.tensor([0.3, -0.2, 0.9], requires_grad=True, **F64)
+    logp = logits.log_softmax(0)
+    ref = torch.tensor([0.1, 0.4, 0.2], **F64).log_softmax(0)
+    exact = (logp.exp() * (logp - ref)).sum()
+    estimate = (logp.exp().detach() * copo.KL_ESTIMATORS[name](ref - logp)).sum()
+    if name == "k3":
+        close(estimate.item(), exact.item())
+    else:
+        gradient = torch.autograd.grad(estimate, logits, retain_graph=True)[0]
+        close(gradient, torch.autograd.grad(exact, logits)[0])
 
 
 def test_k3_is_exact_for_tiny_distances():
-    # float32, d = 0.01: k3 = d²/2 + d³/6 + … = 5.016708e-5, where exp(d) − 1 − d is off by a thousandth
+    # float32, d = 0.01: k3 = d²/2 + d³/6 + … = 5.016708e-5; exp(d) − 1 − d is off by a thousandth
     zero = torch.zeros(1)
     args = (torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), zero, zero, zero)
-    _, metrics = copo.copo_loss(*args, ref_logprobs=torch.full((1, 1), 0.01))
+    _, metrics = copo_loss(*args, ref_logprobs=torch.full((1, 1), 0.01))
     assert metrics["kl"][0].item() == pytest.approx(5.016708e-5, rel=1e-4)
 
 
 def test_metrics_by_hand():
-    """Two rows of two tokens, one token masked. Ratios 1.5, 0.5 | 4. A^l = 1, −1; A^g = −2, 3; w = 0.75, 0.
-    Row 0: A^l > 0 clips at 1.5 only, A^g < 0 at 0.5 only. Row 1: A^l < 0 meets the dual clip, A^g > 0 is clipped."""
+    """Two rows of two tokens, one token masked. Ratios 1.5, 0.5 | 4. A^l = 1, −1; A^g = −2, 3;
+    w = 0.75, 0. Row 0: A^l > 0 clips at 1.5 only, A^g < 0 at 0.5 only. Row 1: A^l < 0 meets the
+    dual clip, A^g > 0 is clipped."""
     logprobs = torch.tensor([[1.5, 0.5], [4.0, 1.0]], **F64).log()
     mask = torch.tensor([[1, 1], [1, 0]])
     adv = torch.tensor([[1.0, -1.0], [-2.0, 3.0], [0.75, 0.0]], **F64)
-    _, metrics = copo.copo_loss(logprobs, torch.zeros(2, 2, **F64), mask, *adv)
-    assert set(metrics) == {"ratio", "approx_kl", "clip_fraction_local", "clip_fraction_global", "local_share"}
+    _, metrics = copo_loss(logprobs, torch.zeros(2, 2, **F64), mask, *adv)
+    clips = {"clip_fraction_local", "clip_fraction_global"}
+    assert set(metrics) == {"ratio", "approx_kl", "local_share"} | clips
     means = {name: (total.item(), count.item()) for name, (total, count) in metrics.items()}
     assert means["clip_fraction_local"] == (2.0, 3.0)
     assert means["clip_fraction_global"] == (2.0, 3.0)
@@ -468,9 +545,9 @@ def test_metrics_by_hand():
 def test_local_share_leaves_out_tokens_without_any_gradient():
     zeros, mask = torch.zeros(2, 3, **F64), torch.tensor([[1, 1, 1], [1, 1, 0]])
     adv = torch.tensor([[0.0, 2.0], [0.0, -1.0], [0.5, 0.5]], **F64)
-    _, metrics = copo.copo_loss(zeros, zeros, mask, *adv)
+    _, metrics = copo_loss(zeros, zeros, mask, *adv)
     close(torch.stack(metrics["local_share"]), [2 * 2 / 3, 2.0])
-    _, metrics = copo.copo_loss(zeros, zeros, mask, *adv, global_coef=4.0)
+    _, metrics = copo_loss(zeros, zeros, mask, *adv, global_coef=4.0)
     close(torch.stack(metrics["local_share"]), [2 * 1 / 3, 2.0])
 
 
@@ -480,15 +557,18 @@ def test_micro_batches_padding_and_row_order_change_nothing(mode):
     ref = rows[1] - 0.2
     options = {"aggregation": mode, "max_tokens": 9, "kl_coef": 0.1}
     leaf = rows[0].clone().requires_grad_()
-    loss, metrics = copo.copo_loss(leaf, *rows[1:], ref_logprobs=ref, **options)
+    loss, metrics = copo_loss(leaf, *rows[1:], ref_logprobs=ref, **options)
     loss.backward()
     split_leaf = rows[0].clone().requires_grad_()
     counts = {"num_tokens": int(rows[2].sum()), "num_sequences": 6}
     total, sums = 0.0, {}
     for part in ([4, 0], [5], [], [1, 3, 2]):
-        wide = [torch.nn.functional.pad(x[part], (0, 3)) for x in (split_leaf, rows[1], rows[2], ref)]
+        wide = []
+        for tensor in (split_leaf, rows[1], rows[2], ref):
+            wide.append(torch.nn.functional.pad(tensor[part], (0, 3)))
         narrow = [x[part] for x in rows[3:]]
-        share, part_metrics = copo.copo_loss(*wide[:3], *narrow, ref_logprobs=wide[3], **options, **counts)
+        part_options = {"ref_logprobs": wide[3], **options, **counts}
+        share, part_metrics = copo_loss(*wide[:3], *narrow, **part_options)
         share.backward()
         total += share.item()
         for name, pair in part_metrics.items():
@@ -503,25 +583,27 @@ def test_micro_batches_padding_and_row_order_change_nothing(mode):
 @given(
     st.sampled_from([(1, 1), (1, 4), (3, 1), (2, 2), (3, 3), (4, 2)]),
     st.lists(st.tuples(st.booleans(), st.integers(-1, 2)), min_size=9, max_size=9),
-    st.sampled_from(copo.BLENDS),
-    st.sampled_from(copo.ADVANTAGES),
+    st.sampled_from(list(copo.BLENDS)),
+    st.sampled_from(list(copo.ADVANTAGES)),
     st.booleans(),
     st.sampled_from([-1e4, -0.5, 0.0, 0.5, 1e4]),
 )
 def test_no_batch_gives_nan(shape, responses, blend, kind, flag, distance):
-    """Any verdicts and answers, one prompt or one response included, through the whole chain: finite numbers only."""
+    """Any verdicts and answers, one prompt or one response included, give finite numbers only."""
     responses = responses[: shape[0] * shape[1]]
     correct = torch.tensor([verdict for verdict, _ in responses]).reshape(shape)
     classes = torch.tensor([label for _, label in responses]).reshape(shape)
-    entropy, local_adv = copo.consistency_entropy(classes), copo.local_advantages(correct, kind, scale=flag)
-    global_adv = copo.global_advantages(copo.global_rewards(correct, entropy, consistency_coef=flag), scale=flag)
+    entropy = copo.consistency_entropy(classes)
+    local_adv = copo.local_advantages(correct, kind, scale=flag)
+    prompt_rewards = copo.global_rewards(correct, entropy, consistency_coef=flag)
+    global_adv = copo.global_advantages(prompt_rewards, scale=flag)
     weight = copo.local_weight(entropy, correct, local_adv, blend, 5.0, 1.0)
     assert ((weight >= 0) & (weight <= 1)).all()
     old = torch.full((correct.numel(), 2), -1.0)
     logprobs = (old + distance).requires_grad_()
     rows = global_adv[:, None].expand_as(local_adv)
     args = (x.reshape(-1) for x in (local_adv, rows, weight))
-    loss, metrics = copo.copo_loss(logprobs, old, torch.ones_like(old), *args)
+    loss, metrics = copo_loss(logprobs, old, torch.ones_like(old), *args)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
     assert all(torch.isfinite(value) for pair in metrics.values() for value in pair)
@@ -529,7 +611,109 @@ def test_no_batch_gives_nan(shape, responses, blend, kind, flag, distance):
         assert (local_adv[~copo.is_mixed(correct)] == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------ penalty, presets
+# -------------------------------------------------------------------------------- the whole step
+
+
+def test_compute_advantages_by_hand():
+    """G = 2, four tokens at most, a penalty over the last two. R: 1, 1/2, 0, so A^g 1, 0, −1."""
+    correct = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
+    rewards = correct.double()
+    classes = torch.tensor([[0, 0], [0, 1], [1, 1]])
+    lengths = torch.tensor([[2, 4], [1, 2], [3, 3]])
+    algorithm = copo.Algorithm(overlong_factor=0.5, overlong_buffer=2, global_coef=0.5)
+    result = copo.compute_advantages(rewards, correct, classes, lengths, algorithm, 4)
+    assert all(tensor.dtype == torch.float64 for tensor in result)
+    close(rewards, [[1, 1], [1, 0], [0, 0]])  # never overwritten
+    close(result.rewards, [[1, 0.5], [1, 0], [-0.25, -0.25]])
+    close(result.entropy, [0, 1, 0])
+    close(result.global_rewards, [1, 0.5, 0])  # of the verdicts, without the penalty
+    half = math.sqrt(0.5)
+    close(result.local_adv, [[half, -half], [half, -half], [0, 0]], 1e-5)
+    close(result.global_adv, [1, 0, -1], 1e-5)
+    close(result.weight, [[S0, S0], [S1, 0], [0, 0]])
+    first = 0.5 * (1 - S0)
+    expected = [[S0 * half + first, -S0 * half + first], [half / 2, 0], [-0.5, -0.5]]
+    close(result.effective, expected, 1e-5)
+
+
+def test_compute_advantages_follows_every_field():
+    """Each field that governs advantages or weights is handed to the function that it is for."""
+    correct = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    rewards = torch.tensor([[1.0, 0.9, 0.2], [0.7, 0.1, 0.0], [0.3, 0.0, 0.0]], **F64)  # graded
+    classes = torch.tensor([[0, 0, 1], [0, 1, 2], [1, 1, 2]])
+
+    def computed(**changes):
+        algorithm = copo.Algorithm(**changes)
+        return copo.compute_advantages(rewards, correct, classes, None, algorithm, None)
+
+    entropy = copo.consistency_entropy(classes)
+    weights = (entropy, correct, rewards)
+    close(computed(advantage="ngrpo").local_adv, copo.local_advantages(rewards, "ngrpo"))
+    unscaled = computed(scale_advantages=False)
+    close(unscaled.local_adv, copo.local_advantages(rewards, scale=False))
+    close(unscaled.global_adv, copo.global_advantages(unscaled.global_rewards, scale=False))
+    consistent = computed(consistency_coef=True).global_rewards
+    close(consistent, copo.global_rewards(correct, entropy, True))
+    close(computed(blend="soft").weight, copo.local_weight(*weights, "soft", 5.0, 1.0))
+    close(computed(gamma=9.0).weight, copo.local_weight(*weights, "soft-zero", 9.0, 1.0))
+    close(computed(rho=0.5).weight, copo.local_weight(*weights, "soft-zero", 5.0, 0.5))
+
+
+def test_rows_are_numbered_prompt_by_prompt():
+    correct = torch.tensor([[1, 0, 0], [1, 1, 0]]).bool()
+    classes = torch.tensor([[0, 1, 2], [0, 0, 1]])
+    algorithm = copo.PRESETS["copo"]
+    result = copo.compute_advantages(correct, correct, classes, None, algorithm, None)
+    rows = result.rows(torch.tensor([4, 0, 5]))
+    close(rows.local_adv, result.local_adv[[1, 0, 1], [1, 0, 2]])
+    close(rows.global_adv, result.global_adv[[1, 0, 1]])
+    close(rows.weight, result.weight[[1, 0, 1], [1, 0, 2]])
+
+
+def test_rules_added_from_outside_reach_the_loss_and_its_gradient(monkeypatch):
+    """A blend, an advantage and a KL estimator, entered in their tables, train as built-in ones."""
+    half = copo.Blend(uses_entropy=False, gate=lambda correct: torch.full(correct.shape, 0.5))
+    monkeypatch.setitem(copo.BLENDS, "half", half)
+    monkeypatch.setitem(copo.ADVANTAGES, "sign", lambda rewards, correct, scale: 2.0 * correct - 1)
+    monkeypatch.setitem(copo.KL_ESTIMATORS, "k1", lambda distance: -distance)
+    algorithm = copo.Algorithm(blend="half", advantage="sign", kl_estimator="k1", kl_coef=0.25)
+    correct = torch.tensor([[1, 1], [0, 0], [1, 0]]).bool()
+    rewards = torch.tensor([[0.5, 0.5], [0.3, 0.0], [0.9, 0.0]], **F64)
+    classes = torch.tensor([[0, 0], [1, 2], [0, 1]])
+    result = copo.compute_advantages(rewards, correct, classes, None, algorithm, None)
+    close(result.local_adv, [[1, 1], [-1, -1], [1, -1]])  # of the verdicts alone
+    close(result.weight, [[0.5] * 2] * 3)
+    close(result.effective, [[1, 1], [-1, -1], [0.5, -0.5]], 1e-5)  # A^g is 1, −1, 0
+    old = torch.full((6, 3), -1.0, **F64)
+    logprobs = old.clone().requires_grad_()
+    rows = result.rows(torch.arange(6))
+    loss, metrics = copo.copo_loss(logprobs, old, old < 0, rows, algorithm, ref_logprobs=old - 0.1)
+    loss.backward()
+    # Six sequences of three tokens: REINFORCE with the effective advantage, and β for each token
+    expected = (-result.effective.reshape(6, 1) + 0.25) / 18
+    close(logprobs.grad, expected.expand(6, 3))
+    close(metrics["kl"][0], 18 * 0.1)
+
+
+def test_every_field_of_an_algorithm_can_be_a_flag():
+    """train.py makes its flags of these; choices are the tables themselves, so additions show."""
+    tables = {}
+    for field in fields(copo.Algorithm):
+        assert field.type in (str, float, bool) and type(field.default) is field.type
+        assert field.metadata["help"]
+        if field.type is str:
+            tables[field.name] = field.metadata["choices"]
+            assert field.default in field.metadata["choices"]
+        if field.type is float:
+            low, high = map(float, field.metadata["interval"][1:-1].split(","))
+            assert low <= field.default <= high
+    assert tables["blend"] is copo.BLENDS
+    assert tables["advantage"] is copo.ADVANTAGES
+    assert tables["kl_estimator"] is copo.KL_ESTIMATORS
+    assert tables["aggregation"] is copo.AGGREGATIONS
+
+
+# ------------------------------------------------------------------------------- penalty, presets
 
 
 def test_overlong_penalty_by_hand():
@@ -538,7 +722,8 @@ def test_overlong_penalty_by_hand():
     close(copo.overlong_penalty(lengths, 100, 20, 1.0), [[0, 0, -0.25], [-0.5, -1, -1]])
     close(copo.overlong_penalty(lengths, 100, 0.2, 0.5), [[0, 0, -0.125], [-0.25, -0.5, -0.5]])
     close(copo.overlong_penalty(torch.tensor([0, 50, 100]), 100, 100, 1.0), [0, -0.5, -1])
-    close(copo.overlong_penalty(torch.tensor([99, 100]), 100, 1, 1.0), [0, -1])  # one token, not the whole limit
+    # one token, not the whole limit
+    close(copo.overlong_penalty(torch.tensor([99, 100]), 100, 1, 1.0), [0, -1])
     for buffer in (0, -1, 101):
         with pytest.raises(ValueError, match=f"overlong buffer is {buffer}"):
             copo.overlong_penalty(lengths, 100, buffer, 1.0)
@@ -546,28 +731,49 @@ def test_overlong_penalty_by_hand():
 
 def test_presets_are_the_papers_and_complete():
     copo_preset = {
-        "blend": "soft-zero", "gamma": 5.0, "rho": 1.0, "advantage": "group", "scale_advantages": True,
-        "global_coef": 1.0, "consistency_coef": False, "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0,
-        "aggregation": "seq-mean-token-mean", "kl_coef": 0.0, "dynamic_sampling": False,
-        "overlong_factor": 0.0, "overlong_buffer": 0.2,
-    }  # fmt: skip
+        "blend": "soft-zero",
+        "gamma": 5.0,
+        "rho": 1.0,
+        "advantage": "group",
+        "scale_advantages": True,
+        "global_coef": 1.0,
+        "consistency_coef": False,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "dual_clip": 3.0,
+        "aggregation": "seq-mean-token-mean",
+        "kl_coef": 0.0,
+        "kl_estimator": "k3",
+        "dynamic_sampling": False,
+        "overlong_factor": 0.0,
+        "overlong_buffer": 0.2,
+    }
     differences = {
         "copo": {},
         "copo-paper": {"blend": "soft", "gamma": 20.0, "rho": 1.5},
         "grpo": {"blend": "local"},
-        "dr-grpo": {"blend": "local", "scale_advantages": False, "aggregation": "seq-mean-token-sum-norm"},
+        "dr-grpo": {
+            "blend": "local",
+            "scale_advantages": False,
+            "aggregation": "seq-mean-token-sum-norm",
+        },
         "dapo": {
-            "blend": "local", "clip_high": 0.28, "aggregation": "token-mean", "dynamic_sampling": True,
+            "blend": "local",
+            "clip_high": 0.28,
+            "aggregation": "token-mean",
+            "dynamic_sampling": True,
             "overlong_factor": 1.0,
         },
-    }  # fmt: skip
-    assert {name: {**copo_preset, **changes} for name, changes in differences.items()} == copo.PRESETS
-    for preset in copo.PRESETS.values():
-        assert preset["blend"] in copo.BLENDS and preset["advantage"] in copo.ADVANTAGES
-        assert preset["aggregation"] in copo.AGGREGATIONS
+    }
+    assert list(differences) == list(copo.PRESETS)
+    for name, algorithm in copo.PRESETS.items():
+        assert asdict(algorithm) == copo_preset | differences[name]
+        assert algorithm.blend in copo.BLENDS and algorithm.advantage in copo.ADVANTAGES
+        assert algorithm.aggregation in copo.AGGREGATIONS
+        assert algorithm.kl_estimator in copo.KL_ESTIMATORS
 
 
-# ------------------------------------------------------------------------------------------------ python copo.py
+# --------------------------------------------------------------------------------- python copo.py
 
 
 def test_main_prints_the_worked_batch(capsys):
@@ -580,15 +786,20 @@ def test_main_prints_the_worked_batch(capsys):
     for line in text.splitlines():
         if line[:1].isdigit():
             rows.setdefault(line.split()[0], []).append(line.split()[1:])
-    # prompt 2, five of six right: H .650, R .833, w = σ(5(.650−1)) = .148 and 0, A^l .408/−2.041, A^g (.833−.259)/.392
-    assert rows["2"][0] == [*"111110", *"AAAAAb", "0.650", "0.833", "0.148", "0.000", "0.408", "-2.041", "1.465"]
-    # grpo; copo: .148·.408 + .852·1.465 and 1.465; copo-paper: w = 4e-8; the group gate: .148·(−2.041) + .852·1.465
+    # prompt 2, five of six right: H .650, R .833, w = σ(5(.650−1)) = .148 and 0, A^l .408/−2.041,
+    # A^g (.833−.259)/.392
+    numbers = ["0.650", "0.833", "0.148", "0.000", "0.408", "-2.041", "1.465"]
+    assert rows["2"][0] == [*"111110", *"AAAAAb", *numbers]
+    # grpo; copo: .148·.408 + .852·1.465 and 1.465; copo-paper: w = 4e-8; the group gate:
+    # .148·(−2.041) + .852·1.465
     assert rows["2"][1] == ["0.408", "-2.041", "1.309", "1.465", "1.465", "1.465", "1.309", "0.946"]
-    # prompt 5, six different wrong answers: nothing from GRPO, A^g = −.259/.392 from copo, next to nothing from the
-    # paper's rule
-    assert rows["5"][0] == [*"000000", *"bcdefg", "2.585", "0.000", ".", "0.000", ".", "0.000", "-0.662"]
+    # prompt 5, six different wrong answers: nothing from GRPO, A^g = −.259/.392 from copo, next to
+    # nothing from the paper's rule
+    numbers = ["2.585", "0.000", ".", "0.000", ".", "0.000", "-0.662"]
+    assert rows["5"][0] == [*"000000", *"bcdefg", *numbers]
     assert rows["5"][1] == [".", "0.000", ".", "-0.662", ".", "-0.000", ".", "-0.662"]
-    # 40 wrong responses. copo lifts those of prompts 2 and 3 (1 + 4); copo-paper and the group gate only prompt 2's
+    # 40 wrong responses. copo lifts those of prompts 2 and 3 (1 + 4); copo-paper and the group gate
+    # only prompt 2's
     pushed = next(line for line in text.splitlines() if line.startswith("wrong pushed up"))
     assert " ".join(pushed.split()[3:]) == "0 of 40 0.0% 5 of 40 12.5% 1 of 40 2.5% 1 of 40 2.5%"
     idle = next(line for line in text.splitlines() if line.startswith("groups |A| < 0.01"))
@@ -599,153 +810,14 @@ def test_main_prints_the_worked_batch(capsys):
 def test_main_refuses_an_unknown_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         copo.main(["--nope"])
-    assert stop.value.code == 2 and "--nope" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------------ the advantage lab
-
-
-def group(step, correct, classes, lengths=None, **more):
-    """A line of groups.jsonl; reward as the verdict, and w, A^l, A^g of a run that went by the global term alone."""
-    size = len(correct)
-    return json.dumps({
-        "step": step, "row": 7, "H": 0, "R": 0, "global_adv": 2.0, "correct": correct, "reward": correct,
-        "class": classes, "length": lengths or [4] * size, "finished": [1] * size, "weight": [0] * size,
-        "local_adv": [9] * size, "answers": {},
-    } | more) + "\n"  # fmt: skip
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """Step 1: R 1, 1/2, 0, so A^g 1, 0, −1; H 0, 1, 1. Step 2: R 1/2, 0, so A^g ±.7071; H 1, 0."""
-    path = tmp_path / "groups.jsonl"
-    path.write_text(
-        group(1, [1, 1], [0, 0]) + group(1, [1, 0], [0, 1], [10, 30]) + group(1, [0, 0], [1, 2], [5, 5])
-        + group(2, [1, 0], [0, 1]) + group(2, [0, 0], [-1, -1])
-    )  # fmt: skip
-    return path
-
-
-def test_lab_by_hand(saved):
-    steps = copo.read_groups(saved)
-    assert [tuple(step["correct"].shape) for step in steps] == [(3, 2), (2, 2)]
-    figures = copo.lab_figures(copo.read_groups(saved, 1), copo.PRESETS["copo"])
-    low = 1 / (1 + math.exp(5))  # w of the group that is all right; of the mixed one's right answer it is 1/2
-    half = math.sqrt(0.5)  # A^l of the mixed group: (1 − 1/2)/√(1/2)
-    right = [1 - low, 1 - low, 0.5 * half]  # effective, A^g of the mixed group being 0
-    total = sum(right) + 2  # the wrong ones: 0 −1 −1
-    by_hand = {
-        "w right": (2 * low + 0.5) / 3, "w wrong": 0, "A^l right": half / 3, "A^l wrong": -half / 3,
-        "A^g right": 2 / 3, "A^g wrong": -2 / 3, "A right": sum(right) / 3, "A wrong": -2 / 3,
-        "from all wrong": 2 / total, "from mixed": 0.5 * half / total, "from all right": 2 * (1 - low) / total,
-        "pushed up": 0, "idle": 0,
-    }  # fmt: skip
-    assert list(figures) == list(by_hand)
-    close(list(figures.values()), list(by_hand.values()), 1e-5)
-    # Step 2: the mixed group is above the mean, and its wrong answer gets all of that; with the group's gate half
-    # of that and half of A^l, which cancel. In both steps 6 wrong responses, one of them pushed up.
-    assert copo.lab_figures(steps, copo.PRESETS["copo"])["pushed up"] == pytest.approx(1 / 6)
-    group_gate = {**copo.PRESETS["copo"], "blend": "soft-zero-group"}
-    assert copo.lab_figures(steps[1:], group_gate)["A wrong"] == pytest.approx(-2 * half / 3, abs=1e-5)
-    assert copo.lab_figures(steps, group_gate)["pushed up"] == 0
-    grpo = copo.lab_figures(steps, copo.PRESETS["grpo"])
-    assert (grpo["idle"], grpo["from mixed"], grpo["pushed up"]) == (3 / 5, 1, 0)
-
-
-def test_lab_weighs_by_length_where_the_rule_does(saved):
-    # global term alone, step 1: sizes 1 1, 0 0, 1 1 and lengths 4 4, 10 30, 5 5
-    rule = {**copo.PRESETS["copo"], "blend": "global"}
-    steps = copo.read_groups(saved, 1)
-    assert copo.lab_figures(steps, rule)["from all wrong"] == pytest.approx(1 / 2)
-    for aggregation in ("token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
-        assert copo.lab_figures(steps, {**rule, "aggregation": aggregation})["from all wrong"] == pytest.approx(5 / 9)
-
-
-def test_lab_shows_the_run_itself(saved):
-    figures = copo.lab_figures(copo.read_groups(saved), None)
-    assert [figures[name] for name in ("w right", "A^l wrong", "A^g right", "A wrong", "pushed up")] == [0, 9, 2, 2, 1]
-
-
-def test_lab_of_groups_without_wrong_responses(tmp_path, capsys):
-    path = tmp_path / "groups.jsonl"
-    path.write_text(group(1, [1, 1], [0, 0]))
-    assert math.isnan(copo.lab_figures(copo.read_groups(path), copo.PRESETS["copo"])["pushed up"])
-    copo.main(["--groups", str(path)])
-    assert "nan" not in capsys.readouterr().out
-
-
-def test_lab_prints_every_rule_and_the_sweep(saved, capsys):
-    copo.main(["--groups", str(saved)])
-    text = capsys.readouterr().out
-    rows = {line[:16].strip(): line[16:].split() for line in text.splitlines() if line[16:17] == " "}
-    rules = {"the run's own", *copo.PRESETS, *copo.BLENDS, "grpo, batch", "grpo, ngrpo"} - {"soft-zero", "local"}
-    assert rules | {"γ 20  ρ 0.5", "γ 1   ρ 2"} <= rows.keys()
-    assert len(rows) == len(rules) + 20 + 1  # and the heads
-    # Four right answers: A .9933 .9933 .3536 .7071; six wrong ones: A 0 −1 −1 .7071 −.7071 −.7071. Of Σ|A| = 7.169 all
-    # wrong groups have 3.414, mixed ones 1.768.
-    by_hand = "0.25 0.00 0.35 -0.24 0.68 -0.45 0.76 -0.45 47.6% 24.7% 27.7% 16.7% 0.0%"
-    assert " ".join(rows["copo"]) == by_hand
-    assert rows["grpo"][-5:] == ["0.0%", "100.0%", "0.0%", "0.0%", "60.0%"]
-    assert rows["γ 5   ρ 1"] == rows["copo"] and "5 groups of 2 steps" in text
-    assert max(map(len, text.splitlines())) <= 120
-    copo.main(["--groups", str(saved), "--step", "2", "--blend", "soft"])
-    text = capsys.readouterr().out
-    assert "2 groups of 1 steps" in text and "Blend soft over" in text
-
-
-def test_lab_agrees_with_a_real_run(tmp_path, monkeypatch):
-    """What train.py saved is what its preset makes of it here, so that the lab speaks of the same algorithm."""
-    monkeypatch.setattr(train, "Verifier", tiny_runs.Judge)
-    runs = tiny_runs.Runs(tmp_path)
-    for algo in ("copo", "copo-paper", "grpo"):
-        steps = copo.read_groups(runs.new(algo=algo, prompts_per_step=8) / "groups.jsonl")
-        own, recomputed = (copo.lab_figures(steps, rule) for rule in (None, copo.PRESETS[algo]))
-        assert own["A right"] != 0
-        close(list(own.values()), list(recomputed.values()), 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", "JSONDecodeError"), ("[1]", "TypeError"), ("{}", "KeyError"), (group(1, [1], [0]), "RuntimeError"),
-        (group(1, [1, 0], [0, 1, 1]), "ValueError"), (group(1, [1, 0], ["a", "b"]), "Error"),
-        (group(1, [1, 0], [0, 1], reward=[math.nan, 0]), "not finite"), (group(1, [1, 0], [0, 1], weight=1), "Error"),
-        (group([], [1, 0], [0, 1]), "TypeError"),
-    ],
-)  # fmt: skip
-def test_lab_refuses_bad_files_by_line(saved, capsys, line, words):
-    good = saved.read_text()
-    saved.write_text(good + line.rstrip() + "\n" + good)
-    with pytest.raises(SystemExit) as stop:
-        copo.main(["--groups", str(saved)])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and f"{saved}:6: not a group" in error and words in error
+    assert stop.value.code == 2 and "--nope" in error and error.count("\n") == 1
 
 
-def test_lab_refuses_what_is_not_there(saved, capsys):
-    def refused(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            copo.main([str(argument) for argument in arguments])
-        assert stop.value.code == 2
-        return capsys.readouterr().err
-
-    assert "no groups of step 3" in refused("--groups", saved, "--step", 3)
-    assert "nowhere" in refused("--groups", saved.parent / "nowhere")
-    assert "directory" in refused("--groups", saved.parent)
-    saved.write_text(saved.read_text() + '{"step": 3, "cor')  # a run that is being written, or was killed
-    copo.main(["--groups", str(saved)])
-    assert "5 groups" in capsys.readouterr().out
-    saved.write_bytes(b"\xff\xfe\n")
-    assert f"{saved}:1: not a group" in refused("--groups", saved)
-
-
-def test_lab_plot(saved, capsys, monkeypatch):
-    picture = saved.parent / "lab.png"
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+@pytest.mark.parametrize("more", [[], ["--step", "2"], ["--plot", "lab.png", "--blend", "soft"]])
+def test_main_names_the_command_of_the_advantage_lab(capsys, more):
     with pytest.raises(SystemExit) as stop:
-        copo.main(["--groups", str(saved), "--plot", str(picture)])
-    assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    copo.main(["--groups", str(saved), "--plot", str(picture)])
-    assert picture.read_bytes().startswith(b"\x89PNG")
+        copo.main(["--groups", "runs/x/groups.jsonl", *more])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+    assert "python study/lab.py runs/x/groups.jsonl" in printed.err
