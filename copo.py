@@ -136,11 +136,14 @@ def global_advantages(global_rewards, scale=True):
 # -------------------------------------------------------------- the weight between the two losses
 
 
-def every_response(correct):  # 1
+# Gates, from the verdicts (P,G): 1 where the local loss may count, 0 where only the global one does.
+
+
+def every_response(correct):
     return torch.ones_like(correct)
 
 
-def no_response(correct):  # 0
+def no_response(correct):
     return torch.zeros_like(correct)
 
 
