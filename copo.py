@@ -136,7 +136,7 @@ def global_advantages(global_rewards, scale=True):
 # -------------------------------------------------------------- the weight between the two losses
 
 
-# Gates, from the verdicts (P,G): 1 where the local loss may count, 0 where only the global one does.
+# Gates, of the verdicts (P,G): 1 where the local loss may count, 0 where only the global one does.
 
 
 def every_response(correct):
