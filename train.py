@@ -1,23 +1,27 @@
 """Train a language model with COPO (arXiv 2508.04138) on problems whose answers can be checked.
 
-    python train.py                                          # the built-in demonstration: a tiny model, arithmetic
+    python train.py                                       # demonstration: a tiny model, arithmetic
     python train.py --model DIR_OR_ID --data train.jsonl --eval-data test.jsonl --run-dir runs/mine
-    python train.py --algo grpo --blend soft --gamma 20      # a preset, then single changes to it
-    python train.py --run-dir runs/mine --resume latest      # go on where a run was stopped, however it was stopped
+    python train.py --algo grpo --blend soft --gamma 20   # a preset, then single changes to it
+    python train.py --run-dir runs/mine --resume latest   # continue a run, however it was stopped
 
-The main loop (train, at the end) is a list of verbs: sample groups of responses and verify them, turn verdicts into
-advantages and weights (copo.py), update the weights, log, evaluate, save. Kept simple: AdamW at a constant rate after
-its warm-up, one model, one kind of batch. Random choices (data order, updates, noise) are functions of the seed and of
-counters, so a run that is stopped and resumed is the same run, bit for bit on a CPU.
+The story comes first: the loop (train), a rollout (collect_rollout), the updates (update_policy,
+train_minibatch, optimizer_step), the warm start. The machinery follows: evaluation, metrics, files
+of a run, checkpoints, sharding, memory, data, flags. Kept simple: AdamW, one model, one learning
+rate after its warm-up. Every random choice is a function of the seed and of counters, so a run that
+is stopped and resumed is the same run, bit for bit on a CPU.
 
-Shapes: P prompts of a step, G responses each, B = P·G rows (row = prompt·G + response), R response tokens, T tokens.
+Shapes: P prompts of a step, G responses each, B rows (of a step P·G, row = prompt·G + response), R
+response tokens, T tokens of a row. A micro-batch has N tokens without padding, of which M predict a
+response token.
 """
 
 import argparse
 import contextlib
-import copy
+import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -27,12 +31,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter, deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -41,414 +44,666 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 import copo
-import eval as evaluation
-from eval import deal_out, gather, join_ranks, leave_ranks, number_in, rank, say, together, world
-from model import WIDEN, Config, Transformer, model_directory, read_weights
+from eval import maj_at_k, mean_at_k, number_in
+from model import Config, Transformer, model_directory, read_weights
 from reward import SHAPES, Verifier, load_problems, same_text
-from sampler import encode_prompt, rows_that_fit, sample
+from sampler import (
+    INSTRUCTION,
+    Interrupted,
+    all_gather,
+    encode_prompt,
+    exit_with_error,
+    generate_rollout,
+    init_distributed,
+    load_model,
+    on_all_ranks,
+    print0,
+    rank,
+    shutdown_distributed,
+    world_size,
+)
 
 HERE = Path(__file__).resolve().parent
-# Sizes of a run. The demonstration (no --model) fits two cores and a few minutes; with --model they are the authors'.
-DEMO = {
-    "data": str(HERE / "data/arithmetic_train.jsonl"), "eval_data": str(HERE / "data/arithmetic_test.jsonl"),
-    "instruction": "", "max_prompt_tokens": 64, "max_new_tokens": 64, "steps": 60, "prompts_per_step": 40,
-    "group_size": 6, "minibatch_prompts": 40, "rollout_batch": 0, "micro_tokens": 2048, "lr": 2e-4, "beta2": 0.95,
-    "warmup_updates": 0, "sft_steps": 500, "sft_batch": 64, "sft_lr": 3e-3, "eval_every": 20, "save_every": 20,
-}  # fmt: skip
-AUTHORS = {
-    "eval_data": None, "instruction": evaluation.INSTRUCTION,
-    "max_prompt_tokens": 1024, "max_new_tokens": 2048, "steps": 60, "prompts_per_step": 512, "group_size": 6,
-    "minibatch_prompts": 32, "rollout_batch": 256, "micro_tokens": 4096, "lr": 1e-6, "beta2": 0.999,
-    "warmup_updates": 0, "sft_steps": 0, "sft_batch": 128, "sft_lr": 1e-5, "eval_every": 10, "save_every": 10,
-}  # fmt: skip
-# What may differ between a run and its continuation without a word: where, how long, how often, how fast.
-NOT_THE_RUN = evaluation.NOT_A_CONFIGURATION - {"seed", "export_dtype", "verifier_timeout", "verifier_memory"}
-NOT_THE_RUN |= {"steps", "eval_every"}
-# What its checkpoints were made with, and may not differ at all.
-FIXED = ("model", "dtype", "sft_steps", "sft_batch", "sft_lr")
-RUN_FILES = ("metrics.jsonl", "groups.jsonl", "eval.jsonl", "samples.txt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-# ---------------------------------------------------------------------------------------------------------------- Flags
-
-def need(holds, message):
-    """Refuses what cannot work before anything is written: one line that says what to do, exit code 2."""
-    if not holds:
-        raise ValueError(message)
+# ---------------------------------------------------------------------------------------- The loop
 
 
-def flags():
-    """The parser. What has no default here gets one from the preset (--algo) or the size set (DEMO or AUTHORS)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def train(run):
+    """Warm start; then evaluate, save and take a step of reinforcement learning, until --steps."""
+    args = run.args
+    state = run.state
+    if state.sft_step < args.sft_steps:
+        warm_start(run)
+    if run.algorithm.kl_coef:
+        run.reference = load_reference(run)
+    run.clock.report()  # the first step's seconds are its own
+    while True:
+        sync_weights(run)
+        if is_due(state.step, args.eval_every, args.steps) and not already_evaluated(run):
+            log_evaluation(run, run_evaluation(run))
+        with run.clock("save"):
+            if state.step > 0 and is_due(state.step, args.save_every, args.steps):
+                save_checkpoint(run)
+            if args.export_every and state.step > 0 and state.step % args.export_every == 0:
+                export(run, f"model-{state.step:06d}", args.export_dtype)
+        if state.step >= args.steps:
+            break
+        run.stop.raise_if_any_rank()
+        rollout, rollout_metrics = collect_rollout(run)  # P groups of G graded responses
+        free_sampler(run)
+        advantages = copo.compute_advantages(
+            rollout.rewards,
+            rollout.correct,
+            rollout.classes,
+            rollout.lengths,
+            run.algorithm,
+            args.max_new_tokens,
+        )
+        update_metrics = {}
+        if rollout_metrics["prompts_trained"] > 0:
+            update_metrics = update_policy(run, rollout, advantages)
+        state.count(rollout_metrics, args.group_size)
+        log_step(run, rollout, advantages, rollout_metrics | update_metrics)
+    summarise(run)
+
+
+def is_due(step, every, last):
+    """True at step 0, at the last step, and every `every` steps in between (0: never)."""
+    return step in (0, last) or (every > 0 and step % every == 0)
+
+
+# ----------------------------------------------------------------------------------------- Rollout
+
+
+def collect_rollout(run):
+    """Sample and grade the groups of a step -> (Rollout to train on, metrics of all drawn).
+
+    Dynamic sampling draws P more prompts, up to --max-rounds times, until P groups have both
+    verdicts, and trains on the first P of those. If none has, prompts_trained is 0 and the Rollout
+    is all that was drawn. run.state stays as it is: a signal may end the step anywhere.
+    """
+    args = run.args
+    dynamic = run.algorithm.dynamic_sampling
+    drawn = None
+    with token_bar(run, f"step {run.state.step + 1}") as on_tokens:
+        for round_number in range(args.max_rounds if dynamic else 1):
+            cursor = run.state.cursor + round_number * args.prompts_per_step
+            rollout = sample_groups(run, cursor, on_tokens)
+            drawn = rollout if drawn is None else drawn.join(rollout)
+            kept = list(range(len(drawn.problems)))
+            if dynamic:
+                kept = copo.is_mixed(drawn.correct).nonzero()[:, 0].tolist()
+            if len(kept) >= args.prompts_per_step:
+                break
+    run.stop.raise_if_any_rank()  # a step that was only sampled is abandoned
+    kept = kept[: args.prompts_per_step]
+    failed = Counter(itertools.chain.from_iterable(drawn.failed))
+    metrics = {
+        "sampling_rounds": round_number + 1,
+        "prompts_drawn": len(drawn.problems),
+        "prompts_trained": len(kept),
+        "accuracy_drawn": drawn.correct.double().mean().item(),
+        "equal_groups_drawn": (~copo.is_mixed(drawn.correct)).double().mean().item(),
+        "tokens_sampled": int(drawn.lengths.sum()),
+        "prompt_tokens": sum(len(prompt) for prompt in drawn.prompts),
+        "verifier_timeouts": failed["time"] + failed["cpu"] + failed["memory"],
+        "verifier_exceptions": failed["crash"] + failed["exception"],
+    }
+    return (drawn.select(kept) if kept else drawn), metrics
+
+
+def sample_groups(run, cursor, on_tokens):
+    """G graded responses to each of the next P prompts of the data order -> Rollout."""
+    args = run.args
+    drawn = draw_prompts(args.seed, cursor, args.prompts_per_step, len(run.problems))
+    return generate_rollout(
+        run.sampler,
+        run.tokenizer,
+        run.verifier,
+        [run.problems[index] for index, _ in drawn],
+        [run.prompts[index] for index, _ in drawn],
+        args.group_size,
+        args.max_new_tokens,
+        rows=[noise_row for _, noise_row in drawn],
+        seed=args.seed,
+        step=run.state.step,
+        temperature=args.temperature,
+        stop_ids=run.stop_ids,
+        max_rows=args.rollout_batch,
+        on_tokens=on_tokens,
+        clock=run.clock,
     )
-    parser.error = lambda message: need(False, message)  # argparse would print the usage of sixty flags above it
-    yes_no, whole, count = argparse.BooleanOptionalAction, number_in(int, "[0, 1e18]"), number_in(int, "[1, inf)")
-    several, real, positive = number_in(int, "[2, inf)"), number_in(float, "[0, inf)"), number_in(float, "(0, inf)")
-    share, part = number_in(float, "[0, 1)"), number_in(float, "(0, 1]")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", help="Hugging Face directory or Hub id (default: a tiny one, made on the spot)")
-    add("--dtype", choices=DTYPES, default="float32", help="compute type; master weights are float32 or float64")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
-    add("--system", help="system message of the chat template (default: the template's own)")
-    add("--instruction", help="text after every problem")
-    add("--stop", action="append", default=[], metavar="TOKEN", help="one more token that ends a response; repeatable")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", help="training problems: JSONL or parquet, a local file or hf://datasets/OWNER/NAME/FILE")
-    add("--eval-data", help="held-out problems, likewise (without: no evaluation)")
-    add("--problem-field", help="field of the problem, a dot for one within another (default: known shapes)")
-    add("--answer-field", help="field of the answer, likewise; the held-out file may also be of a known shape")
-    add("--data-fraction", type=part, help="train on this part of the problems, drawn by --seed (default: all)")
-    add("--max-prompt-tokens", type=count, help="problems with longer prompts are dropped, in tokens")
-    add = parser.add_argument_group("rollout").add_argument
-    add("--prompts-per-step", type=several, help="P, prompts sampled in a step")
-    add("--group-size", type=several, help="G, responses to each prompt")
-    add("--max-new-tokens", type=count, help="response limit, in tokens")
-    add("--temperature", type=positive, default=1.0, help="of sampling and of scoring alike")
-    add("--rollout-batch", type=whole, help="rows that a rank samples at the same time (0 = all of them)")
-    add("--rollout-memory", type=real, default=0.0, help="cache of the rows that a rank samples, in GiB (0 = any size)")
-    add("--max-rounds", type=count, default=4, help="rounds of dynamic sampling in a step")
-    add("--verifier-workers", type=count, default=2, help="processes that check answers")
-    add("--verifier-timeout", type=positive, default=10.0, help="last resort for one answer, in seconds")
-    add("--verifier-memory", type=number_in(int, "[64, inf)"), default=1024, help="limit of a verifier process, in MiB")
-    add = parser.add_argument_group("algorithm (defaults: the preset's)").add_argument
-    add("--algo", choices=copo.PRESETS, default="copo", help="preset of all flags in this group")
-    add("--blend", choices=copo.BLENDS, help="rule for w, the weight of the local loss")
-    add("--gamma", type=real, help="γ, steepness of w in the entropy, per bit")
-    add("--rho", type=number_in(float, "(-inf, inf)"), help="ρ, entropy at which w is one half, in bits")
-    add("--advantage", choices=copo.ADVANTAGES, help="local advantage: within the group, the batch, or NGRPO's")
-    add("--scale-advantages", action=yes_no, help="divide advantages by their standard deviation")
-    add("--global-coef", type=real, help="factor of the global term (0 = disabled)")
-    add("--consistency-coef", action=yes_no, help="lower the global reward of groups that disagree")
-    add("--clip-low", type=part, help="ε below 1")
-    add("--clip-high", type=positive, help="ε above 1")
-    add("--dual-clip", type=real, help="c, bound on the loss where A < 0, above 1 (0 = disabled)")
-    add("--aggregation", choices=copo.AGGREGATIONS, help="from token losses to one number")
-    add("--kl-coef", type=real, help="β of the KL to the initial model, in the loss (0 = disabled)")
-    add("--dynamic-sampling", action=yes_no, help="replace groups that are all right or all wrong")
-    add("--overlong-factor", type=real, help="size of the penalty on length (0 = disabled)")
-    add("--overlong-buffer", type=positive, help="tokens over which it grows; below 1: a share of the limit")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--minibatch-prompts", type=count, help="prompts of one optimiser update; divides P")
-    add("--micro-tokens", type=count, help="tokens of one forward pass, shared prompts once (one row at least)")
-    add("--old-logprobs", choices=["recompute", "sampler"], help="those of a step's later updates: from a forward pass "
-        "before them, or as sampled (default: sampler, but recompute in bfloat16)")  # fmt: skip
-    add("--lr", type=positive, help="learning rate of AdamW")
-    add("--warmup-updates", type=whole, help="updates over which the rate rises to --lr (0 = disabled)")
-    add("--beta1", type=share, default=0.9, help="AdamW's decay of the gradient's mean")
-    add("--beta2", type=share, help="AdamW's decay of the gradient's square")
-    add("--weight-decay", type=real, default=0.01, help="on matrices only (0 = disabled)")
-    add("--max-grad-norm", type=real, default=1.0, help="gradients are scaled down to it (0 = disabled)")
-    add("--max-bad-updates", type=count, default=5, help="non-finite updates in a row before the run ends")
-    add = parser.add_argument_group("supervised warm start, on the data's solutions").add_argument
-    add("--sft-steps", type=whole, help="updates before reinforcement learning (0 = disabled)")
-    add("--sft-batch", type=count, help="solutions in one update")
-    add("--sft-lr", type=positive, help="peak learning rate; rises over 5 %% of the steps, then falls to 5 %%")
-    add = parser.add_argument_group("run").add_argument
-    add("--steps", type=whole, help="steps of reinforcement learning, those before a resume included")
-    add("--seed", type=whole, default=0, help="of data order, updates, noise and the tiny model")
-    add("--run-dir", help="directory of the run (default: runs/ALGO-DATE-TIME)")
-    add("--resume", metavar="latest|DIR", help="go on from --run-dir's newest checkpoint, or from this one; all flags "
-                                               "are as they were, except those given again")  # fmt: skip
-    add("--eval-every", type=whole, help="steps between evaluations (0 = only before and after)")
-    add("--eval-samples", type=count, default=8, help="k, responses to each held-out problem")
-    add("--eval-problems", type=whole, default=0, help="first problems of the held-out file to use (0 = all)")
-    add("--eval-temperature", type=real, default=1.0, help="0 = greedy")
-    add("--eval-seed", type=whole, default=0, help="of the evaluation's noise, the same at every step")
-    add("--save-every", type=whole, help="steps between checkpoints (0 = only at the end)")
-    add("--keep", type=count, default=2, help="newest checkpoints to keep")
-    add("--export-every", type=whole, default=0, help="steps between Hugging Face exports (0 = only at the end)")
-    add("--export-dtype", choices=DTYPES, help="of exported weights (default: the source's)")
-    add("--samples-every", type=whole, default=10, help="steps between entries in samples.txt (0 = disabled)")
-    add = parser.add_argument_group("ranks and memory").add_argument
-    add("--timeout", type=positive, default=600.0, help="seconds that a rank waits for another before it gives up")
-    add("--activation-checkpointing", action=yes_no, default=False, help="keep one activation a layer, remake the rest")
-    add("--cpu-offload", action=yes_no, default=False, help="masters, gradients and optimiser in the host's memory")
-    add("--free-sampler", action=yes_no, default=False, help="give the sampling copy's memory back for the updates")
-    add("--compile", metavar="BACKEND", help="torch.compile for the layers that are trained, such as inductor")
-    add("--plan", type=count, metavar="RANKS", help="print the memory that each of so many ranks needs, and exit")
-    return parser
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse_args(argv):
-    """Namespace of all flags: defaults, then sizes, preset, the run that is resumed, and what was typed on top."""
-    parser = flags()
-    defaults = vars(parser.parse_args([]))
-    # Started from None everywhere, what is set afterwards is what was typed.
-    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
-    typed = {name: value for name, value in typed.items() if value is not None}
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        resume_if_begun(typed)
-    known = resumed_flags(typed) if "resume" in typed else {}
-    args = defaults | (AUTHORS if {**known, **typed}.get("model") else DEMO) | copo.PRESETS[defaults["algo"]]
-    args |= known | (copo.PRESETS[typed["algo"]] if "algo" in typed else {}) | typed
-    args = argparse.Namespace(**args)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() or args.plan else "cpu"
-    args.old_logprobs = args.old_logprobs or ("recompute" if args.dtype == "bfloat16" else "sampler")
-    check_flags(args, typed)
-    if not args.resume:
-        args.run_dir = args.run_dir or f"runs/{args.algo}-{datetime.now():%Y%m%d-%H%M%S}" + launched_by()
-        directory = Path(args.run_dir)
-        # What a run leaves that is killed before it can write run.json does not count.
-        inside = {path.name for path in directory.iterdir()} - {"init", "run.tmp"} if directory.is_dir() else ()
-        need(not inside and (directory.is_dir() or not directory.exists()),
-             f"--run-dir {args.run_dir} is in use: choose another, or --resume latest to go on with it")
-    return args
-
-
-def launched_by():
-    """What torchrun's workers add to the name of a run, so that they find it again when torchrun restarts them."""
-    return f"-p{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-
-
-def resume_if_begun(typed):
-    """After a restart by torchrun: the run that the killed workers had begun, if they came so far, is to go on."""
-    found = sorted(Path("runs").glob(f"*{launched_by()}"))
-    if typed.get("resume", "latest") != "latest":  # a checkpoint's path, which names the run as well
-        found = [Path(typed["resume"]).resolve().parent.parent]
-    typed.setdefault("run_dir", str(found[-1]) if found else None)
-    typed.pop("resume", None)
-    if typed["run_dir"] and (Path(typed["run_dir"]) / "run.json").is_file():
-        typed["resume"] = "latest"
-
-
-def resumed_flags(typed):
-    """The flags of the run that --resume names; those that its checkpoints depend on may not be given another value."""
-    checkpoint, run_dir = typed["resume"], typed.get("run_dir")
-    if checkpoint != "latest":
-        need((Path(checkpoint) / "state.json").is_file(), f"--resume {checkpoint}: no checkpoint there")
-        home = Path(checkpoint).resolve().parent.parent
-        run_dir = run_dir or str(home)
-        need(Path(run_dir).resolve() == home, f"--resume {checkpoint} is of another run than --run-dir {run_dir}")
-    need(run_dir, "--resume latest needs --run-dir, the run to go on with")
-    need((Path(run_dir) / "run.json").is_file(), f"--run-dir {run_dir}: no run there to resume")
-    known = json.loads((Path(run_dir) / "run.json").read_text())["flags"]
-    for name in FIXED:
-        need(typed.get(name, known[name]) == known[name], f"{flag(name)} was {known[name]} when the run began and "
-             "cannot change on --resume")  # fmt: skip
-    need(not (known["sft_steps"] and not known["kl_coef"] and typed.get("kl_coef")),
-         "--kl-coef was 0 when the run began, which therefore kept no reference model: it cannot change on --resume")
-    return known | {"run_dir": run_dir, "device": "auto"}
-
-
-def check_flags(args, typed):
-    """Flags against each other; `typed` are those of the command line."""
-    need(args.dual_clip == 0 or args.dual_clip > 1, f"--dual-clip is {args.dual_clip}; it must be above 1, or 0")
-    need(args.data or args.plan, "--model needs --data, a file of problems")
-    need(bool(args.problem_field) == bool(args.answer_field), "--problem-field and --answer-field belong together")
-    need(args.prompts_per_step % args.minibatch_prompts == 0,
-         f"--minibatch-prompts {args.minibatch_prompts} does not divide --prompts-per-step {args.prompts_per_step}")
-    need(args.overlong_buffer < 1 or args.overlong_buffer <= args.max_new_tokens,
-         f"--overlong-buffer {args.overlong_buffer:g} is more than --max-new-tokens {args.max_new_tokens}")
-    need(not args.dynamic_sampling or args.blend == "local",
-         f"--dynamic-sampling drops the groups that --blend {args.blend} has its global term for; use --blend local")
-    # A flag that was typed and changes nothing is a mistake in an ablation: better said now.
-    idle = {
-        "--blend local has no global term": (args.blend == "local", "global_coef consistency_coef"),
-        "--blend global has no local term": (args.blend == "global", "advantage"),
-        f"--blend {args.blend} does not look at the entropy": (not args.blend.startswith("soft"), "gamma rho"),
-        "--overlong-factor is 0": (args.overlong_factor == 0, "overlong_buffer"),
-        "--dynamic-sampling is off": (not args.dynamic_sampling, "max_rounds"),
-        "--sft-steps is 0": (args.sft_steps == 0, "sft_lr sft_batch"),
-        "one process in full precision samples with what it trains": (not sharded(args, args.plan), "free_sampler"),
-        "there is no --eval-data": (
-            not args.eval_data, "eval_every eval_samples eval_problems eval_temperature eval_seed"
-        ),
-    }  # fmt: skip
-    for why, (applies, names) in idle.items():
-        for name in names.split():
-            need(not (applies and name in typed), f"{flag(name)} has no effect: {why}")
-    need(not args.compile or args.compile in torch.compiler.list_backends(exclude_tags=()),
-         f"--compile {args.compile}: no such backend of torch.compile")
-    need(args.device == "cpu" or args.plan or torch.cuda.is_available(), "--device cuda: PyTorch sees no such device")
-
-
-# --------------------------------------------------------------------------------------------------------------- Memory
-
-def sharded(args, ranks=None):
-    """Whether masters are kept apart from the weights that sample, by FSDP (which also casts, on a single rank)."""
-    ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
-    return ranks > 1 or args.dtype == "bfloat16" or args.cpu_offload
-
-
-def memory_plan(config, args, ranks):
-    """GiB that one of `ranks` ranks needs for each purpose, at limits of lengths: {name: GiB}, "total" at the fullest.
-    ValueError if --rollout-memory has no room for a single row.
-
-    Letters as in model.py. Weights count exactly; activations are those that autograd keeps for one micro-batch."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = parameters - config.num_hidden_layers * block
-    apart, wide, narrow = sharded(args, ranks), 8 if args.dtype == "float64" else 4, DTYPES[args.dtype].itemsize
-    size, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv_heads, longest = config.num_key_value_heads * config.head_dim, args.max_prompt_tokens + args.max_new_tokens
-    rows = -(-args.prompts_per_step // ranks) * args.group_size
-    rows = min(rows, args.rollout_batch or rows)
-    if args.rollout_memory:
-        limits, memory = (args.max_prompt_tokens, args.max_new_tokens), int(args.rollout_memory * 2**30)
-        rows = min(rows, rows_that_fit(config, DTYPES[args.dtype], *limits, memory, args.device))
-    # Numbers a token leaves in a layer: inputs of two norms, of q/k/v, of o_proj and of gate/up; gate, silu(gate), up
-    # and their product; and q, k, v and what attention gives, once more for every row that shares the token's prompt.
-    rows_of_token = args.group_size * longest / (args.max_prompt_tokens + args.group_size * args.max_new_tokens)
-    inside = 4 * size + heads + 4 * config.intermediate_size + rows_of_token * 2 * (heads + kv_heads)
-    layers = config.num_hidden_layers
-    kept = layers * size + inside if args.activation_checkpointing else layers * inside
-    held = {
-        "masters": wide * parameters / ranks, "optimiser": 2 * wide * parameters / ranks,
-        "gradients": wide * parameters / ranks,
-        "sampler": narrow * parameters * apart,
-        # Transformer.packed() keeps a second copy, in float32 where a CPU has no units for bf16.
-        "packed": max(narrow, 4 * WIDEN) * parameters * (args.device == "cpu"),
-        "reference": narrow * parameters / ranks * (args.kl_coef > 0),
-        "kv cache": rows * longest * layers * 2 * kv_heads * narrow,
-        # A block in use and the next on its way, the embeddings (and head) throughout; and the gradients of as much.
-        "gathered": apart * ((2 * block + root) * narrow + (block + root) * (narrow + wide)),
-        "activations": max(args.micro_tokens, longest) * kept * narrow,
-        "logits": 3 * 4 * 2**24 + wide * config.vocab_size * size,  # a few chunks of them, and the head's gradient
-    }  # fmt: skip
-    if args.cpu_offload:
-        held |= dict.fromkeys(("masters", "optimiser", "gradients"), 0)
-    plan = {name: value / 2**30 for name, value in held.items()}
-    update = sum(plan[name] for name in ("gradients", "gathered", "activations", "logits"))
-    update += 0 if args.free_sampler else plan["sampler"]
-    always = sum(plan[name] for name in ("masters", "optimiser", "reference"))
-    return plan | {"total": always + max(update, sum(plan[name] for name in ("sampler", "packed", "kv cache")))}
-
-
-def print_plan(args):
-    """--plan: the row of the README's table for these flags."""
-    source = args.model or "the demonstration's model"
-    raw = json.loads((model_directory(args.model) / "config.json").read_text()) if args.model else TINY
-    plan = memory_plan(Config.parse(raw), args, args.plan)
-    print(f"GiB on each of {args.plan} ranks, {args.dtype}, {source}; at the fullest, not all at the same time")
-    print("  ".join(f"{name:>{max(len(name), 7)}}" for name in plan))
-    print("  ".join(f"{value:>{max(len(name), 7)}.2f}" for name, value in plan.items()))
-
-
-def check_memory(config, args):
-    """Refuses a run that cannot fit, before it has run for an hour."""
-    total = memory_plan(config, args, world())["total"]
-    if args.device == "cuda":
-        there = torch.cuda.mem_get_info()[1] / 2**30
-    else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        there /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    need(total <= there, f"a rank would need {total:.1f} GiB at its fullest, and has {there:.1f}: use more ranks, "
-         "--activation-checkpointing, --free-sampler, or a smaller --micro-tokens or --rollout-batch; --plan "
-         f"{world()} shows what for")  # fmt: skip
-
-
-# ------------------------------------------- The demonstration's model: a real Hugging Face directory, made on the spot
-
-TINY = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 128,
-    "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
-    "initializer_range": 0.05, "torch_dtype": "float32", "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 351,
-}  # fmt: skip
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def make_tiny_model(path, seed):
-    """Writes a Qwen2-shaped model of 0.8 million random parameters; its tokens are bytes and two-digit numbers."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    # Byte-level BPE without merges, because transformers gives every Qwen2 directory Qwen's own splitting and decoding.
-    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate([*special, *letters])}, []))
-    # One token each, so that they take one step: what opens every answer, and the numbers of two digits.
-    pieces = ["\\boxed{", *(str(number) for number in range(10, 100))]
-    backend.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=special[0], pad_token=special[0], unk_token=special[0],
-        additional_special_tokens=special[1:], chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
-    tokenizer.save_pretrained(path)
-    Transformer.from_config(TINY, seed=seed).save_pretrained(path)
-
-
-# ----------------------------------------------------------------------------------------------------------------- Data
-
-def load_data(args, tokenizer):
-    """((problems, their prompts' token ids), the same of the held-out file); what does not fit is dropped and said."""
-
-    def load(path, *which):
-        dropped = Counter()
-        problems = load_problems(path, dropped, *which)
-        prompts = [encode_prompt(tokenizer, p.problem, args.system, args.instruction) for p in problems]
-        fits = [len(prompt) <= args.max_prompt_tokens for prompt in prompts]
-        dropped[f"prompt over {args.max_prompt_tokens} tokens"] += fits.count(False)
-        problems, prompts = ([x for x, fit in zip(xs, fits) if fit] for xs in (problems, prompts))
-        reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items() if count)
-        say(f"data    {path}: {len(problems)} problems{reasons}")
-        return problems, prompts
-
-    named = [(args.problem_field, args.answer_field, "solution")] if args.problem_field else []
-    problems, prompts = load(args.data, named or SHAPES, args.data_fraction or 1.0, args.seed)
-    need(len(problems) >= args.prompts_per_step,
-         f"--prompts-per-step {args.prompts_per_step}, but {args.data} has {len(problems)} usable ones")
-    held_out = load(args.eval_data, [*named, *SHAPES]) if args.eval_data else ([], [])
-    held_out = [part[: args.eval_problems or None] for part in held_out]
-    need(held_out[0] or not args.eval_data, f"--eval-data {args.eval_data} has no usable problems")
-    seen = {same_text(p.problem) for p in problems}
-    overlap = sum(same_text(p.problem) in seen for p in held_out[0])
-    if overlap:
-        say(f"WARNING {overlap} of {len(held_out[0])} held-out problems are in the training data too")
-    return (problems, prompts), held_out
 
 
 def draw_prompts(seed, cursor, count, size):
-    """Data indices cursor .. cursor+count−1 of an endless order: each epoch is a permutation of (seed, epoch).
+    """Places cursor .. cursor+count−1 of an endless order: each epoch is a permutation of the data.
 
-    Returns (index, epoch·size + index) pairs; the second keys the noise, so that a problem which comes twice in a step
-    (at the seam of two epochs) is not answered the same way twice."""
+    Returns (index, epoch·size + index) pairs. The second keys the noise, so that a problem that
+    comes twice in a step, where two epochs meet, is not answered the same way twice.
+    """
     pairs = []
     for epoch in range(cursor // size, (cursor + count - 1) // size + 1):
         order = np.random.default_rng([seed, 1, epoch]).permutation(size)
-        part = order[max(cursor - epoch * size, 0) : cursor + count - epoch * size]
-        pairs += [(int(i), epoch * size + int(i)) for i in part]
+        first = max(cursor - epoch * size, 0)
+        last = cursor + count - epoch * size
+        pairs += [(int(i), epoch * size + int(i)) for i in order[first:last]]
     return pairs
 
 
-# -------------------------------------------------------- Ranks: one process for each GPU under torchrun, else just one
+@contextlib.contextmanager
+def token_bar(run, label):
+    """A callback for the sampler: a progress bar in tokens; a signal ends the sampling in it."""
+
+    def on_tokens(count):
+        bar.update(count)
+        run.stop.raise_if_set()
+
+    hidden = None if rank() == 0 else True  # None: shown on a terminal only
+    with tqdm(desc=label, unit="tok", leave=False, disable=hidden) as bar:
+        yield on_tokens
 
 
-def in_turn(run, items, work):
-    """evaluation.deal_out, out of which a signal on any rank leads on all, once they have met."""
-
-    def until_stopped(share):
-        with contextlib.suppress(Interrupted):
-            return work(share)
-
-    found = deal_out(items, until_stopped)
-    run.stop.check()
-    return found
+# ----------------------------------------------------------------------------------------- Updates
 
 
-# ----------------------------------------------------------------------- Where a run stands, and what a step is made of
+def update_policy(run, rollout, advantages):
+    """Make all optimiser updates of one step -> metrics over all of them.
+
+    A permutation of (seed, step) splits the groups into updates. Old and reference log-probs are
+    computed before the first of them moves the weights.
+    """
+    args = run.args
+    rollout = rollout._replace(logprobs=rollout.logprobs.to(args.device))
+    advantages = copo.Advantages(*(value.to(args.device) for value in advantages))
+    minibatches = split_into_minibatches(args, run.state.step, rollout.lengths.shape)
+    # The first update has no use for old log-probs: train_minibatch takes its own.
+    later_rows = list(itertools.chain.from_iterable(minibatches[1:]))
+    old_logprobs = rollout.logprobs.flatten(0, 1)
+    if later_rows and args.old_logprobs == "recompute":
+        with run.clock("logprobs"):
+            old_logprobs = compute_logprobs(run.model, rollout, later_rows, args)
+    ref_logprobs = None
+    if run.reference is not None:
+        with run.clock("logprobs"):
+            ref_logprobs = compute_logprobs(
+                run.reference, rollout, minibatches[0] + later_rows, args
+            )
+    step_sums = MetricSums()
+    for number, rows in enumerate(minibatches):
+        suffixes = []
+        if number == 0:
+            suffixes.append("first")
+        if number == len(minibatches) - 1:
+            suffixes.append("last")
+        old = old_logprobs if number > 0 else None
+        applied, sums = train_minibatch(run, rollout, rows, advantages, old, ref_logprobs, suffixes)
+        if applied:
+            step_sums.add(sums.pairs)
+    return step_sums.means()
+
+
+def split_into_minibatches(args, step, shape):
+    """The rows of each update: whole groups in the order of a permutation of (seed, step)."""
+    num_prompts, group_size = shape
+    order = np.random.default_rng([args.seed, 2, step]).permutation(num_prompts).tolist()
+    minibatches = []
+    for start in range(0, num_prompts, args.minibatch_prompts):
+        rows = []
+        for prompt in order[start : start + args.minibatch_prompts]:
+            rows += range(prompt * group_size, (prompt + 1) * group_size)
+        minibatches.append(rows)
+    return minibatches
+
+
+def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs, suffixes=()):
+    """One optimiser update on `rows` of the rollout -> (True if it was applied, its MetricSums).
+
+    old_logprobs, ref_logprobs (B,R) of all rows of the step. old_logprobs None, in the first update
+    of a step: they are its own log-probs, since the weights have not moved since. suffixes: clip
+    fractions are logged once more under these names.
+    """
+    args = run.args
+    sums = MetricSums()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)
+    # Denominators count the whole update on all ranks, before any micro-batch runs: the shares of
+    # micro-batches are then summed, never averaged.
+    tokens = int(rollout.lengths.flatten()[rows].sum())
+    num_tokens = torch.full((), tokens, device=args.device)
+    num_sequences = torch.full((), len(rows), device=args.device)
+    for batch in micro_batches(prompt_response_pairs(rollout, rows), args):
+        with run.clock("forward"):
+            logprobs, entropy = batch.response_logprobs(run.model, args.temperature)
+            old = logprobs.detach() if old_logprobs is None else batch.select(old_logprobs)
+            ref = None if ref_logprobs is None else batch.select(ref_logprobs)
+            loss, metrics = copo.copo_loss(
+                logprobs,
+                old,
+                batch.mask,
+                advantages.rows(batch.rows),
+                run.algorithm,
+                max_tokens=args.max_new_tokens,
+                num_tokens=num_tokens,
+                num_sequences=num_sequences,
+                ref_logprobs=ref,
+            )
+        with run.clock("backward"):
+            # FSDP averages gradients over ranks; the loss is the sum of the ranks' shares.
+            (loss * world_size()).backward()
+        loss_sum += loss.detach()
+        metrics["token_entropy"] = (entropy.sum(), batch.mask.sum())
+        if old_logprobs is None or args.old_logprobs == "recompute":
+            sampled = batch.select(rollout.logprobs.flatten(0, 1))
+            metrics |= sampler_difference(old, sampled, batch.mask)
+        for name in ("clip_fraction_local", "clip_fraction_global"):
+            for suffix in suffixes:
+                metrics[f"{name}_{suffix}"] = metrics[name]
+        sums.add(metrics)
+    lr = args.lr * min(1.0, (run.state.updates + 1) / max(args.warmup_updates, 1))
+    with run.clock("optimizer"):
+        applied = optimizer_step(run, loss_sum, lr, sums)
+    return applied, sums
+
+
+def sampler_difference(logprobs, sampled, mask):
+    """How far the sampler's log-probs are from the model's own: more than rounding is a bug."""
+    distance = torch.where(mask, logprobs - sampled.to(logprobs), 0.0).abs().double()
+    largest = distance.max() if distance.numel() else distance.sum()
+    return {
+        "sampler_difference": (distance.sum(), mask.sum()),
+        "sampler_difference_max": (largest, torch.ones_like(largest)),
+    }
+
+
+MAX_BAD_UPDATES = 5  # non-finite updates in a row before the run ends
+
+
+def optimizer_step(run, loss, lr, sums):
+    """Clip the gradient and step AdamW -> True; False if loss or gradient norm is not finite.
+
+    Such an update is skipped and counted. loss is this rank's share; sums gets the whole one.
+    """
+    args = run.args
+    state = run.state
+    if world_size() > 1:
+        dist.all_reduce(loss)
+    max_norm = args.max_grad_norm or math.inf
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm))
+    norm = norm.to(loss)
+    # The one place of an update where the host waits for the device.
+    values = torch.stack([loss, norm]).tolist()
+    applied = all(map(math.isfinite, values))
+    if applied:
+        # Set at every update: a checkpoint restores them, and flags may have changed since.
+        for group, weight_decay in zip(run.optimizer.param_groups, (args.weight_decay, 0.0)):
+            group.update(lr=lr, betas=(args.beta1, args.beta2), weight_decay=weight_decay)
+        run.optimizer.step()
+        one = torch.ones_like(loss)
+        sums.add({"loss": (loss, one), "grad_norm": (norm, one), "grad_norm_max": (norm, one)})
+    run.optimizer.zero_grad(set_to_none=True)
+    state.updates += 1
+    if applied:
+        state.bad_updates = 0
+        return True
+    state.skipped_updates += 1
+    state.bad_updates += 1
+    loss, norm = values
+    print0(f"WARNING update {state.updates}: loss {loss:g}, gradient norm {norm:g}; skipped")
+    if state.bad_updates >= MAX_BAD_UPDATES:
+        raise ValueError(
+            f"{state.bad_updates} updates in a row were not finite: lower --lr, or look at "
+            "samples.txt"
+        )
+    return False
+
+
+def make_optimizer(model, args):
+    """AdamW, with weight decay on matrices only. Its state exists at once, for checkpoints."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    for p in model.parameters():
+        optimizer.state[p] = {
+            "step": torch.zeros((), dtype=torch.float32, device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer
+
+
+def compute_logprobs(model, rollout, rows, args):
+    """Log-probs of `rows` of the rollout under `model`, without gradients: (B,R), elsewhere 0."""
+    result = torch.zeros_like(rollout.logprobs.flatten(0, 1))
+    with torch.no_grad():
+        for batch in micro_batches(prompt_response_pairs(rollout, rows), args):
+            logprobs, _ = batch.response_logprobs(model, args.temperature)
+            result[batch.rows, : logprobs.shape[1]] = logprobs.to(result.dtype)
+    if world_size() > 1:
+        dist.all_reduce(result)  # one rank has computed each row, the others hold zeros
+    if hasattr(model, "reshard"):
+        model.reshard()  # FSDP keeps the embeddings whole for a backward pass that does not come
+    return result
+
+
+# -------------------------------------------------------------------------------------- Warm start
+
+
+def warm_start(run):
+    """Supervised learning of the data's solutions and of the end token after them: --sft-steps.
+
+    The learning rate rises over the first 5 % of the steps, then falls on a cosine to 5 %.
+    """
+    args = run.args
+    state = run.state
+    indices = sorted(run.solutions)
+    started = time.perf_counter()
+    sums = MetricSums()
+    hidden = None if rank() == 0 else True
+    steps = range(state.sft_step, args.sft_steps)
+    for step in tqdm(steps, "warm start", unit="update", leave=False, disable=hidden):
+        # Here and not at the end: the checkpoint of the last step has the next phase's optimiser.
+        run.stop.raise_if_any_rank()
+        drawn = draw_prompts(args.seed + 1, step * args.sft_batch, args.sft_batch, len(indices))
+        pairs = {}
+        for number, (i, _) in enumerate(drawn):
+            pairs[number] = (run.prompts[indices[i]], run.solutions[indices[i]])
+        sft_minibatch(run, pairs, sums)
+        state.sft_step = step + 1
+        if state.sft_step % 50 == 0 or state.sft_step == args.sft_steps:
+            seconds = time.perf_counter() - started
+            loss = sums.means().get("loss", math.nan)
+            print0(f"warm    {state.sft_step}/{args.sft_steps}  loss {loss:.3f}  {seconds:.0f} s")
+            sums = MetricSums()
+    # From here on counters, and the warm-up of the learning rate, are reinforcement learning's.
+    state.updates = 0
+    state.skipped_updates = 0
+    state.bad_updates = 0
+    run.optimizer = make_optimizer(run.model, args)
+    save_checkpoint(run)
+
+
+def sft_minibatch(run, pairs, sums):
+    """One update on the mean cross-entropy of the solutions' tokens."""
+    args = run.args
+    num_tokens = sum(len(solution) for _, solution in pairs.values())
+    loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)
+    for batch in micro_batches(pairs, args):
+        logprobs, _ = batch.response_logprobs(run.model)
+        loss = -logprobs.sum() / num_tokens
+        (loss * world_size()).backward()
+        loss_sum += loss.detach()
+    rise = (run.state.sft_step + 1) / max(args.sft_steps * 0.05, 1)
+    cosine = (1 + math.cos(math.pi * run.state.sft_step / args.sft_steps)) / 2
+    optimizer_step(run, loss_sum, args.sft_lr * min(rise, 0.05 + 0.95 * cosine), sums)
+
+
+# ----------------------------------------------------------------------------------- Micro-batches
+
+
+class MicroBatch(NamedTuple):
+    """Some rows as Transformer.packed_logprobs takes them: their N tokens in one line, no padding.
+
+    A prompt that several rows share is there once. A response's last token is not: it predicts
+    nothing. All are tensors on the device.
+    """
+
+    rows: torch.Tensor  # (B,) which rows of the rollout these are
+    ids: torch.Tensor  # (N,)
+    positions: torch.Tensor  # (N,)
+    pad_index: torch.Tensor  # (B,T) which of the N tokens stands at each place of the padded rows
+    unpad_index: torch.Tensor  # (N,) at which of the B·T places each token has its result
+    predictors: torch.Tensor  # (M,) those of the N tokens that predict a response token
+    targets: torch.Tensor  # (M,) the token ids that they predict
+    places: torch.Tensor  # (M,) where of the B·R places these stand
+    mask: torch.Tensor  # (B,R) True on response tokens
+
+    def response_logprobs(self, model, temperature=1.0):
+        """Log-probs and entropy (nats) of the response tokens: both (B,R), 0 beyond each row."""
+        values = model.packed_logprobs(
+            self.ids,
+            self.positions,
+            self.pad_index,
+            self.unpad_index,
+            self.predictors,
+            self.targets,
+            temperature,
+        )
+        return tuple(self.pad(value) for value in values)
+
+    def pad(self, values):
+        """(M,) -> (B,R)"""
+        empty = values.new_zeros(self.mask.numel())
+        return empty.index_copy(0, self.places, values).view_as(self.mask)
+
+    def select(self, logprobs):
+        """These rows of all of a step's log-probs, and no longer than these are: -> (B,R)."""
+        return logprobs[self.rows, : self.mask.shape[1]]
+
+
+def prompt_response_pairs(rollout, rows):
+    """{row: (prompt, response)}, both lists of token ids."""
+    group_size = rollout.lengths.shape[1]
+    tokens = rollout.tokens.flatten(0, 1)
+    lengths = rollout.lengths.flatten().tolist()
+    pairs = {}
+    for row in rows:
+        pairs[row] = (rollout.prompts[row // group_size], tokens[row, : lengths[row]].tolist())
+    return pairs
+
+
+def micro_batches(pairs, args):
+    """This rank's MicroBatches of {row: (prompt, response)}, which is the same on every rank.
+
+    Every FSDP forward and backward is a collective, so all ranks need the same number of
+    micro-batches: a rank that has fewer runs empty ones.
+    """
+    chunks = chunks_by_prompt(pairs, args.micro_tokens, world_size())
+    shares = balance_over_ranks(chunks, world_size())
+    parts = [split_by_token_budget(share, args.micro_tokens) for share in shares]
+    mine = parts[rank()]
+    for number in range(max(map(len, parts))):
+        rows = []
+        if number < len(mine):
+            rows = [row for chunk in mine[number] for row in chunk.rows]
+        yield collate({row: pairs[row] for row in rows}, args.device)
+
+
+class Chunk(NamedTuple):
+    """Rows of one prompt that run together, and their tokens, the prompt counted once."""
+
+    rows: list
+    tokens: int
+
+
+def chunks_by_prompt(pairs, micro_tokens, ranks):
+    """Cut the rows of each prompt into Chunks that fit a micro-batch, some for every rank."""
+    by_prompt = {}
+    for row in sorted(pairs, key=lambda row: -len(pairs[row][1])):
+        prompt, _ = pairs[row]
+        by_prompt.setdefault(tuple(prompt), []).append(row)
+    max_rows = len(pairs)
+    if ranks > 1:
+        max_rows = max(1, len(pairs) // (4 * ranks))  # four chunks a rank can be dealt evenly
+    chunks = []
+    for prompt, rows in by_prompt.items():
+        current = None
+        for row in rows:
+            length = len(pairs[row][1])
+            full = current is None or len(current.rows) == max_rows
+            if full or current.tokens + length > micro_tokens:
+                current = Chunk([], len(prompt))
+                chunks.append(current)
+            current = Chunk([*current.rows, row], current.tokens + length)
+            chunks[-1] = current
+    return chunks
+
+
+def longest_first(chunks):
+    return sorted(chunks, key=lambda chunk: -chunk.tokens)
+
+
+def balance_over_ranks(chunks, ranks):
+    """Deal chunks to ranks, longest first, each to the rank with the fewest tokens.
+
+    At 16 chunks a rank of lognormal lengths (σ 0.8) on 8 ranks, at most 5 % above the mean; see
+    tests/test_train_ranks.py.
+    """
+    shares = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for chunk in longest_first(chunks):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(chunk)
+        loads[lightest] += chunk.tokens
+    return shares
+
+
+def split_by_token_budget(chunks, budget):
+    """Lists of chunks, longest first, that hold at most `budget` tokens or a single chunk."""
+    parts = []
+    tokens = 0
+    for chunk in longest_first(chunks):
+        if not parts or tokens + chunk.tokens > budget:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(chunk)
+        tokens += chunk.tokens
+    return parts
+
+
+def collate(pairs, device):
+    """{row: (prompt, response)} -> MicroBatch; without rows, of one token that predicts nothing."""
+    pairs = pairs or {0: ([0], [])}
+    longest = max(len(prompt) + len(response) for prompt, response in pairs.values())
+    longest_response = max(len(response) for _, response in pairs.values())
+    pad_index = torch.zeros(len(pairs), longest, dtype=torch.long)
+    mask = torch.zeros(len(pairs), longest_response, dtype=torch.bool)
+    ids, positions, unpad_index, predictors, targets = [], [], [], [], []
+    prompts = {}  # a prompt's places among the N tokens
+
+    def run_tokens(tokens, row, column):
+        """Append tokens that begin at this place of the padded rows; returns their places in N."""
+        first = len(ids)
+        ids.extend(tokens)
+        positions.extend(range(column, column + len(tokens)))
+        start = row * longest + column
+        unpad_index.extend(range(start, start + len(tokens)))
+        return list(range(first, len(ids)))
+
+    for row, (prompt, response) in enumerate(pairs.values()):
+        key = tuple(prompt)
+        if key not in prompts:
+            prompts[key] = run_tokens(prompt, row, 0)
+        tokens = prompts[key] + run_tokens(response[:-1], row, len(prompt))
+        pad_index[row, : len(tokens)] = torch.tensor(tokens)
+        # The token before a response token predicts it.
+        before = len(prompt) - 1
+        predictors += tokens[before : before + len(response)]
+        targets += response
+        mask[row, : len(response)] = True
+    batch = MicroBatch(
+        rows=index_tensor(pairs),
+        ids=index_tensor(ids),
+        positions=index_tensor(positions),
+        pad_index=pad_index,
+        unpad_index=index_tensor(unpad_index),
+        predictors=index_tensor(predictors),
+        targets=index_tensor(targets),
+        places=mask.flatten().nonzero()[:, 0],
+        mask=mask,
+    )
+    return MicroBatch(*(to_device(tensor, device) for tensor in batch))
+
+
+def index_tensor(values):
+    return torch.tensor(list(values), dtype=torch.long)
+
+
+def to_device(tensor, device):
+    """Copy a CPU tensor; from pinned memory, so that the host does not wait for a GPU's queue."""
+    if device == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+# -------------------------------------------------------------------------------------- Evaluation
+
+EVAL_SEED = 0  # of an evaluation's noise, which is the same at every step and in every run
+
+
+def already_evaluated(run):
+    """True if there is nothing to evaluate, or a resumed run has evaluated this step before."""
+    return not run.held_out or run.state.step in [step for step, _ in run.state.evaluations]
+
+
+def run_evaluation(run):
+    """Sample and grade --eval-samples responses to each held-out problem -> Rollout."""
+    args = run.args
+    with run.clock("evaluate"), token_bar(run, "evaluation") as on_tokens:
+        return generate_rollout(
+            run.sampler,
+            run.tokenizer,
+            run.verifier,
+            run.held_out,
+            run.held_out_prompts,
+            args.eval_samples,
+            args.max_new_tokens,
+            seed=EVAL_SEED,
+            temperature=args.eval_temperature,
+            stop_ids=run.stop_ids,
+            max_rows=args.rollout_batch,
+            on_tokens=on_tokens,
+        )
+
+
+def log_evaluation(run, rollout):
+    """Write a line to eval.jsonl and to the console."""
+    state = run.state
+    k = run.args.eval_samples
+    means = mean_at_k(rollout.correct)
+    votes = maj_at_k(rollout.correct, rollout.classes)
+    line = {
+        "step": state.step,
+        "k": k,
+        "mean": float(means.mean()),
+        "maj": float(votes.mean()),
+        "equal_groups": float(np.isin(means, (0, 1)).mean()),
+        "length_mean": rollout.lengths.double().mean().item(),
+        "finished": rollout.finished.double().mean().item(),
+        "no_answer": (rollout.classes == -1).double().mean().item(),
+        "tokens": state.tokens,
+        "responses": state.responses,
+        "seconds": run.clock.seconds()["evaluate"],
+        "per_problem": means.tolist(),
+        "per_problem_maj": votes.tolist(),
+    }
+    append(run.directory / "eval.jsonl", [json.dumps(line)])
+    state.evaluations.append([state.step, line["mean"]])
+    print0(
+        f"eval    step {state.step}: mean@{k} {line['mean']:.1%}  maj@{k} {line['maj']:.1%}  "
+        f"equal groups {line['equal_groups']:.0%}  len {line['length_mean']:.0f}  "
+        f"({len(means)} problems, {line['seconds']:.1f} s)"
+    )
+
+
+# -------------------------------------------------------------------------- What all phases share
+
 
 @dataclass
 class State:
-    """What a checkpoint holds besides weights and optimiser: where the run is. Counts are since its beginning."""
+    """Where the run is: what a checkpoint holds besides weights and optimiser.
+
+    Counts are since the run's beginning.
+    """
 
     step: int = 0  # finished steps of reinforcement learning
     sft_step: int = 0  # finished steps of the warm start
@@ -459,581 +714,358 @@ class State:
     skipped_steps: int = 0  # dynamic sampling found no mixed group
     tokens: int = 0  # sampled
     responses: int = 0
-    evaluations: list = field(default_factory=list)  # (step, mean@k) of those made
+    evaluations: list = field(default_factory=list)  # [step, mean@k] of each
     alarms: dict = field(default_factory=dict)  # condition -> steps in a row that it has held
-    files: dict = field(default_factory=dict)  # size in bytes of each of the run's files when this was saved
+    files: dict = field(default_factory=dict)  # bytes of each of RUN_FILES at this checkpoint
+
+    def count(self, rollout_metrics, group_size):
+        """A step is finished."""
+        self.step += 1
+        self.cursor += rollout_metrics["prompts_drawn"]
+        self.tokens += rollout_metrics["tokens_sampled"]
+        self.responses += rollout_metrics["prompts_drawn"] * group_size
+        if rollout_metrics["prompts_trained"] == 0:
+            self.skipped_steps += 1
 
 
 @dataclass
 class Run:
-    """What all phases share: flags, data, the model in its forms, and where the run stands."""
+    """Flags, data, the model in its forms, and where the run is."""
 
     args: argparse.Namespace
+    algorithm: copo.Algorithm
+    directory: Path
     model: Transformer  # the weights that are trained
-    sampler: Transformer  # the weights that sample: the same object, or a copy in the compute type
     tokenizer: object
     stop_ids: list
     problems: list
-    prompts: list  # token ids of each problem, ready for the reply
-    replies: dict  # problem -> token ids of its solution, for the warm start
+    prompts: list  # token ids of each problem
+    solutions: dict  # problem -> token ids of its solution, for the warm start
     held_out: list
-    directory: Path
-    optimizer: torch.optim.Optimizer = None
+    held_out_prompts: list
+    verifier: Verifier
+    sampler: Transformer = None  # the weights that sample: run.model, or a copy in the compute type
     reference: Transformer = None  # the frozen initial policy, if there is a KL term
-    verifier: Verifier = None
-    about: dict = None  # what stands in run.json, on rank 0
+    optimizer: torch.optim.Optimizer = None
     clock: "Clock" = None
-    stop: "Stop" = None
+    stop: "StopSignal" = None
+    run_info: dict = None  # run.json, on rank 0
     state: State = field(default_factory=State)
 
 
-class Batch(NamedTuple):
-    """A step's prompts and the responses to each, on the CPU. The first dimension of every field is the prompts'."""
+class MetricSums:
+    """Sums and counts of metrics, added over micro-batches, updates and ranks, divided at the end.
 
-    indices: list  # of the problems
-    prompts: list  # token ids
-    tokens: torch.Tensor  # (P,G,R)
-    logprobs: torch.Tensor  # (P,G,R) as the sampler saw them
-    lengths: torch.Tensor  # (P,G)
-    finished: torch.Tensor  # (P,G)
-    correct: torch.Tensor  # (P,G) bool
-    classes: torch.Tensor  # (P,G), −1 where there is no answer
-    timed_out: torch.Tensor  # (P,G)
-    texts: list  # P lists of G strings
-    answers: list  # P lists of G strings or None
-
-    def select(self, kept):
-        """The batch of some of its prompts, in the order given."""
-        return Batch(*([part[i] for i in kept] if isinstance(part, list) else part[kept] for part in self))
-
-    def join(self, other):
-        """This batch and then the other; shorter responses are padded."""
-        width = max(self.tokens.shape[2], other.tokens.shape[2])
-
-        def both(a, b):
-            if isinstance(a, list):
-                return a + b
-            return torch.cat([F.pad(x, (0, width - x.shape[2])) if x.dim() == 3 else x for x in (a, b)])
-
-        return Batch(*map(both, self, other))
-
-
-class Signals(NamedTuple):
-    """What the algorithm makes of a batch: computed once per step in float64, fixed through its updates."""
-
-    rewards: torch.Tensor  # (P,G)
-    entropy: torch.Tensor  # (P,) H
-    global_rewards: torch.Tensor  # (P,) R
-    local_adv: torch.Tensor  # (P,G) A^l
-    global_adv: torch.Tensor  # (P,) A^g
-    weight: torch.Tensor  # (P,G) w
-    effective: torch.Tensor  # (P,G) w A^l + coef (1 − w) A^g
-
-
-class Totals:
-    """Means and maxima in the making: sums and counts are added up over micro-batches, and divided once, at the end."""
+    Of a name that ends in _max, the largest value instead.
+    """
 
     def __init__(self):
-        self.sums = {}  # name -> (sum, count) float64; of a name that ends in _max: (largest value, 1)
+        self.pairs = {}  # name -> (sum, count), a float64 tensor (2,) on the device
 
-    def add(self, name, total, count=1):
-        pair = [torch.as_tensor(x, dtype=torch.float64, device=total.device) for x in (total.detach(), count)]
-        pair, join = torch.stack(pair), torch.maximum if name.endswith("_max") else torch.add
-        self.sums[name] = join(self.sums.get(name, torch.zeros_like(pair)), pair)
-
-    def reduced(self):
-        """The totals of all ranks together."""
-        everyone = Totals()
-        for sums in gather({name: pair.cpu() for name, pair in self.sums.items()}):
-            for name, pair in sums.items():
-                everyone.add(name, *pair)
-        return everyone
+    def add(self, metrics):
+        """metrics: {name: (sum, count)}, tensors."""
+        for name, (total, count) in metrics.items():
+            pair = torch.stack([total.detach().double(), count.double()])
+            before = self.pairs.get(name, torch.zeros_like(pair))
+            if name.endswith("_max"):
+                self.pairs[name] = torch.maximum(before, pair)
+            else:
+                self.pairs[name] = before + pair
 
     def means(self):
-        pairs = {name: pair.tolist() for name, pair in self.sums.items()}
-        return {name: total / count for name, (total, count) in pairs.items() if count > 0}
+        """{name: mean over all ranks}. All ranks call it; the host waits for the device once."""
+        values = torch.stack([*self.pairs.values()]).cpu() if self.pairs else []
+        all_ranks = MetricSums()
+        for pairs in all_gather(dict(zip(self.pairs, values))):
+            all_ranks.add(pairs)
+        means = {}
+        for name, pair in all_ranks.pairs.items():
+            total, count = pair.tolist()
+            if count > 0:
+                means[name] = total / count
+        return means
 
 
 class Clock:
-    """Seconds by phase since the last report: `with clock("verify"): ...`. A phase within another counts as its own."""
+    """Seconds by phase since the last report: `with clock("verify"): ...`.
+
+    The time of a phase within another counts as its own. On a GPU, events in its queue take the
+    times, so that no phase has to wait for the device.
+    """
 
     def __init__(self, device):
-        self.device, self.seconds, self.started = device, Counter(), time.perf_counter()
+        self.device = device
+        self.phases = ["other"]  # those that are open, the innermost last
+        self.marks = []  # (moment, the phase from then on)
+        self.mark()
 
     @contextlib.contextmanager
     def __call__(self, phase):
-        started, others = time.perf_counter(), self.seconds.total()
+        self.phases.append(phase)
+        self.mark()
         try:
             yield
         finally:
+            self.phases.pop()
+            self.mark()
+
+    def mark(self):
+        if self.device == "cuda":
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        self.marks.append((moment, self.phases[-1]))
+
+    def seconds(self):
+        """Counter of the seconds of each phase, up to the last mark."""
+        if self.device == "cuda":
+            self.marks[-1][0].synchronize()
+        seconds = Counter()
+        for (start, phase), (end, _) in itertools.pairwise(self.marks):
             if self.device == "cuda":
-                torch.cuda.synchronize()  # kernels run on after the call that queued them
-            within = self.seconds.total() - others
-            self.seconds[phase] += time.perf_counter() - started - within
+                seconds[phase] += start.elapsed_time(end) / 1000
+            else:
+                seconds[phase] += end - start
+        return seconds
 
     def report(self):
-        """{"seconds": all, "seconds_PHASE": each, "seconds_other": what no phase has} since the last report."""
-        now = time.perf_counter()
-        result = {"seconds": now - self.started} | {f"seconds_{name}": s for name, s in self.seconds.items()}
-        result["seconds_other"] = result["seconds"] - self.seconds.total()
-        self.seconds, self.started = Counter(), now
-        return result
+        """{"seconds": all, "seconds_PHASE": each, "seconds_other": the rest}, and start anew."""
+        self.mark()
+        seconds = self.seconds()
+        self.marks = self.marks[-1:]
+        report = {"seconds": seconds.total()}
+        for phase, value in seconds.items():
+            report[f"seconds_{phase}"] = value
+        return report
 
 
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C has come, and this is a place where the run may stop."""
+class StopSignal:
+    """Remembers the first SIGTERM or Ctrl-C, for the next place where the run can stop.
 
-
-class Stop:
-    """Remembers the first SIGTERM or Ctrl-C; the second Ctrl-C stops at once, as usual."""
+    A second Ctrl-C stops at once, as usual.
+    """
 
     def __init__(self):
-        self.signal = None
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.name = None
+        self.previous = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self.handle)
 
-    def note(self, number, _frame):
-        if self.signal and number == signal.SIGINT:
+    def handle(self, number, _frame):
+        if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
-        # Not print(): the signal may have come in the middle of one.
-        os.write(2, f"\n{self.signal}: stopping at the next safe place; Ctrl-C (again) stops at once\n".encode())
+        self.name = signal.Signals(number).name
+        message = f"\n{self.name}: stopping at the next safe place; Ctrl-C (again) stops at once\n"
+        os.write(2, message.encode())  # not print(): the signal may have come in the middle of one
 
-    def check(self):
-        """Between phases: stops here if a signal has reached any rank. All ranks ask, and all get the same answer."""
-        heard = [name for name in gather(self.signal) if name]
-        if heard:
-            self.signal = heard[0]
-            raise Interrupted
+    def raise_if_set(self):
+        """Within a phase: raise Interrupted here; other ranks learn of it when the phase ends."""
+        if self.name:
+            raise Interrupted(self.name)
 
-    def poll(self):
-        """Within a phase: this rank leaves it, and meets the others at its end."""
-        if self.signal:
-            raise Interrupted
+    def raise_if_any_rank(self):
+        """Between phases: if any rank got a signal, all ranks raise Interrupted together."""
+        name = self.on_any_rank()
+        if name:
+            raise Interrupted(name)
+
+    def on_any_rank(self):
+        """Name of the first signal that any rank got, or None. All ranks call it."""
+        names = [name for name in all_gather(self.name) if name]
+        return names[0] if names else None
 
     def restore(self):
-        for number, handler in self.before.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
 
-# -------------------------------------------------------------------------------------------------------------- Rollout
+# ------------------------------------------------------------------------- Metrics, files of a run
 
-@contextlib.contextmanager
-def token_bar(run, label):
-    """A callback for the sampler: a bar in tokens, and the place where a signal ends the sampling."""
-    with tqdm(desc=label, unit="tok", leave=False, disable=None if rank() == 0 else True) as bar:
-        yield lambda count: (bar.update(count), run.stop.poll())
+RUN_FILES = ("metrics.jsonl", "groups.jsonl", "eval.jsonl", "samples.txt")
+SAMPLES_EVERY = 10  # steps between entries in samples.txt
 
 
-def sample_groups(run, pairs, watch):
-    """Samples and verifies one group for each (data index, noise key) pair -> Batch, the same on every rank."""
-    parts, order = in_turn(run, pairs, lambda share: sample_share(run, share, watch))
-    return functools.reduce(Batch.join, parts).select(order)
-
-
-def sample_share(run, pairs, watch):
-    """This rank's share of sample_groups -> Batch."""
-    args, indices = run.args, [i for i, _ in pairs]
-    prompts, asked = [run.prompts[i] for i in indices], [run.problems[i] for i in indices]
-    with run.clock("decode"):
-        samples = sample(
-            run.sampler, prompts, args.group_size, args.max_new_tokens, args.temperature, stop_ids=run.stop_ids,
-            seed=args.seed, step=run.state.step, rows=[key for _, key in pairs], on_tokens=watch,
-            clock=run.clock, max_rows=args.rollout_batch, max_memory=int(args.rollout_memory * 2**30),
-        )  # fmt: skip
-    with run.clock("verify"):
-        texts, groups = evaluation.check_samples(run.tokenizer, run.verifier, samples, asked)
-    verdicts, classes, answers, timed_out = zip(*groups)
-    samples = [part.unflatten(0, (len(pairs), args.group_size)) for part in samples]
-    return Batch(indices, prompts, *samples, *map(torch.tensor, (verdicts, classes, timed_out)), texts, list(answers))
-
-
-def rollout(run):
-    """The groups drawn for a step -> (Batch, which of them to train on, metrics of the drawing).
-
-    Dynamic sampling draws again, at most --max-rounds times, until there are P groups with both verdicts; what it
-    drops was paid for, and counts in the metrics. Nothing of the run's state changes: a signal may end it anywhere."""
-    args, batch, kept, rounds = run.args, None, [], 0
-    with token_bar(run, f"step {run.state.step + 1}") as watch:
-        while rounds < (args.max_rounds if args.dynamic_sampling else 1) and len(kept) < args.prompts_per_step:
-            cursor = run.state.cursor + rounds * args.prompts_per_step
-            drawn = draw_prompts(args.seed, cursor, args.prompts_per_step, len(run.problems))
-            found = sample_groups(run, drawn, watch)
-            batch, rounds = found if batch is None else batch.join(found), rounds + 1
-            usable = copo.is_mixed(batch.correct) if args.dynamic_sampling else torch.ones(len(batch.indices))
-            kept = usable.nonzero()[:, 0].tolist()[: args.prompts_per_step]
-    run.stop.check()  # a step that was only sampled is abandoned
-    return batch, kept, {
-        "sampling_rounds": rounds, "prompts_drawn": len(batch.indices), "prompts_trained": len(kept),
-        "accuracy_drawn": batch.correct.double().mean().item(),
-        "equal_groups_drawn": (~copo.is_mixed(batch.correct)).double().mean().item(),
-        "tokens_sampled": int(batch.lengths.sum()), "prompt_tokens": sum(map(len, batch.prompts)),
-        "verifier_timeouts": int(batch.timed_out.sum()),
-    }  # fmt: skip
-
-
-def compute_signals(batch, args):
-    """Rewards, entropies, advantages and weights of a whole step; copo.py has the formulas -> Signals."""
-    rewards = batch.correct.double()
-    if args.overlong_factor:
-        rewards += copo.overlong_penalty(batch.lengths, args.max_new_tokens, args.overlong_buffer, args.overlong_factor)
-    entropy = copo.consistency_entropy(batch.classes)
-    prompt_rewards = copo.global_rewards(batch.correct, entropy, args.consistency_coef)
-    local_adv = copo.local_advantages(rewards, args.advantage, args.scale_advantages)
-    global_adv = copo.global_advantages(prompt_rewards, args.scale_advantages)
-    weight = copo.local_weight(entropy, batch.correct, local_adv, args.blend, args.gamma, args.rho)
-    effective = copo.effective_advantages(local_adv, global_adv, weight, args.global_coef)
-    return Signals(rewards, entropy, prompt_rewards, local_adv, global_adv, weight, effective)
-
-
-# -------------------------------------------------------------------------------------------------------------- Updates
-
-def micro_batches(lengths, budget):
-    """Splits pieces of `lengths` tokens into lists of pieces, longest first, of at most `budget` tokens or of one."""
-    parts, total = [], 0
-    for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
-        if not parts or total + lengths[piece] > budget:
-            parts.append([])
-            total = 0
-        parts[-1].append(piece)
-        total += lengths[piece]
-    return parts
-
-
-def deal(lengths, ranks):
-    """Splits pieces of `lengths` tokens over ranks, as evenly as it goes: longest first, each to the least loaded rank.
-
-    At most 5 % above the mean for 16 pieces a rank of lognormal lengths (σ 0.8), 8 ranks; tests/test_train_ranks.py."""
-    shares, loads = [[] for _ in range(ranks)], [0] * ranks
-    for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(piece)
-        loads[lightest] += lengths[piece]
-    return shares
-
-
-def pieces(pairs, args):
-    """Rows that are run together: those of equal prompts, cut so that each fits into a micro-batch and there are some
-    for every rank -> their rows, and how many tokens each has if it runs its prompt once."""
-    together, parts, tokens = {}, [], []
-    for row in sorted(range(len(pairs)), key=lambda row: -len(pairs[row][1])):
-        together.setdefault(tuple(pairs[row][0]), []).append(row)
-    most = len(pairs) if world() == 1 else max(1, len(pairs) // (4 * world()))  # four a rank can be dealt evenly
-    for prompt, rows in together.items():
-        for i, row in enumerate(rows):
-            reply = len(pairs[row][1])
-            if i == 0 or len(parts[-1]) == most or tokens[-1] + reply > args.micro_tokens:
-                parts.append([])
-                tokens.append(len(prompt))
-            parts[-1].append(row)
-            tokens[-1] += reply
-    return parts, tokens
-
-
-def packed_parts(pairs, args):
-    """This rank's micro-batches of (prompt, reply) token ids, of which every rank has the same list.
-
-    Yields (which pairs (b,), ids (b,T), prompt and reply lengths (b,), owners of the prompts (b,)), the latter as
-    Transformer.score() takes them. Rows are padded on the right, with zeros that nothing looks at: lengths say what
-    counts. Ranks with fewer micro-batches than others run empty ones, because in sharded training every forward and
-    backward pass is a meeting of all ranks."""
-    together, tokens = pieces(pairs, args)
-    parts = [
-        [[share[i] for i in part] for part in micro_batches([tokens[piece] for piece in share], args.micro_tokens)]
-        for share in deal(tokens, world())
-    ]
-    mine = parts[rank()] + [[]] * (max(map(len, parts)) - len(parts[rank()]))
-    for part in mine:
-        part = [row for piece in part for row in together[piece]]
-        chosen, first = [pairs[i] for i in part] or [([0], [])], {}
-        owners = [first.setdefault(tuple(prompt), row) for row, (prompt, _) in enumerate(chosen)]
-        ids = torch.zeros(len(chosen), max(len(prompt) + len(reply) for prompt, reply in chosen), dtype=torch.long)
-        for row, (prompt, reply) in zip(ids, chosen):
-            row[: len(prompt) + len(reply)] = torch.tensor(prompt + reply)
-        lengths = [(len(prompt), len(reply), owner) for (prompt, reply), owner in zip(chosen, owners)]
-        yield torch.tensor(part or [0]), ids.to(args.device), *torch.tensor(lengths, device=args.device).unbind(1)
-
-
-def pairs_of(batch, rows):
-    """(prompt, reply) token ids of some rows of a batch."""
-    group_size, tokens, lengths = batch.lengths.shape[1], batch.tokens.flatten(0, 1), batch.lengths.flatten()
-    return [(batch.prompts[row // group_size], tokens[row, : lengths[row]].tolist()) for row in rows]
-
-
-def score_rows(model, batch, rows, args):
-    """Log-probs of some rows under `model`, without gradients: (B,R) on the CPU, zero elsewhere."""
-    result, rows = torch.zeros_like(batch.logprobs.flatten(0, 1)), torch.tensor(rows)
-    with torch.no_grad():
-        for part, ids, prompt_lengths, lengths, owner in packed_parts(pairs_of(batch, rows.tolist()), args):
-            logprobs, _ = model.score(ids, prompt_lengths, lengths, args.temperature, owner=owner)
-            result[rows[part], : logprobs.shape[1]] = logprobs.to("cpu", result.dtype)
-    if world() > 1:
-        dist.all_reduce(result)  # each row was scored by one rank
-    if hasattr(model, "reshard"):
-        model.reshard()  # FSDP keeps the embeddings whole for a backward pass that does not come
-    return result
-
-
-def train_on(run, batch, signals):
-    """All optimiser updates of one step -> Totals. Groups are dealt to them by a permutation of (seed, step)."""
-    args, totals, group_size = run.args, Totals(), batch.correct.shape[1]
-    order = np.random.default_rng([args.seed, 2, run.state.step]).permutation(len(batch.indices)).tolist()
-    parts = [order[i : i + args.minibatch_prompts] for i in range(0, len(order), args.minibatch_prompts)]
-    parts = [[i * group_size + j for i in part for j in range(group_size)] for part in parts]
-    # The first update needs none but its own, see update().
-    old_logprobs = batch.logprobs.flatten(0, 1) if args.old_logprobs == "sampler" else None
-    ref_logprobs = None
-    if len(parts) > 1 and args.old_logprobs == "recompute":
-        with run.clock("logprobs"):  # now, before the weights move
-            old_logprobs = score_rows(run.model, batch, [row for part in parts[1:] for row in part], args)
-    if run.reference is not None:
-        with run.clock("logprobs"):
-            ref_logprobs = score_rows(run.reference, batch, [row for part in parts for row in part], args)
-    for number, rows in enumerate(parts):
-        place = [name for name, holds in (("first", number == 0), ("last", rows is parts[-1])) if holds]
-        attempt = copy.deepcopy(totals)
-        if update(run, batch, rows, signals, old_logprobs if number else None, ref_logprobs, attempt, place):
-            totals = attempt
-    return totals.reduced()
-
-
-def update(run, batch, rows, signals, old_logprobs, ref_logprobs, totals, place=()):
-    """One optimiser step on some rows (whole groups) of the batch; adds its metrics to `totals`. Whether it was made.
-
-    old_logprobs: None for a step's first update, whose own log-probs they are: the weights have not moved since.
-    place: "first", "last" or both, the suffixes under which clip fractions are logged once more."""
-    args, loss_sum, rows = run.args, 0.0, torch.tensor(rows)
-    # Denominators are counts of the whole update, known before any micro-batch runs; shares of it are then summed.
-    num_tokens, num_sequences = int(batch.lengths.flatten()[rows].sum()), len(rows)
-    sampled = batch.logprobs.flatten(0, 1)
-    per_row = {
-        "local_adv": signals.local_adv.flatten(),
-        "global_adv": signals.global_adv.repeat_interleave(batch.lengths.shape[1]),
-        "weight": signals.weight.flatten(),
-    }
-    for part, ids, prompt_lengths, lengths, owner in packed_parts(pairs_of(batch, rows.tolist()), args):
-        part = rows[part]
-        with run.clock("forward"):
-            logprobs, entropy = run.model.score(ids, prompt_lengths, lengths, args.temperature, owner=owner)
-            width = logprobs.shape[1]
-            mask = torch.arange(width, device=args.device) < lengths[:, None]
-            old = logprobs.detach() if old_logprobs is None else old_logprobs[part, :width].to(logprobs)
-            loss, metrics = copo.copo_loss(
-                logprobs, old, mask, **{name: value[part].to(args.device) for name, value in per_row.items()},
-                global_coef=args.global_coef, clip_low=args.clip_low, clip_high=args.clip_high,
-                dual_clip=args.dual_clip, aggregation=args.aggregation, max_tokens=args.max_new_tokens,
-                num_tokens=num_tokens, num_sequences=num_sequences, kl_coef=args.kl_coef,
-                ref_logprobs=None if ref_logprobs is None else ref_logprobs[part, :width].to(logprobs),
-            )  # fmt: skip
-        with run.clock("backward"):
-            (loss * world()).backward()  # sharded gradients are means over ranks, and ours is their sum
-        loss_sum += float(loss.detach())
-        metrics["token_entropy"] = entropy.sum(), mask.sum()
-        if old_logprobs is None or args.old_logprobs == "recompute":
-            # Sampling and scoring are to agree up to rounding; where they do not, the sampler is not the policy.
-            difference = torch.where(mask, old - sampled[part, :width].to(old), 0.0).abs().double()
-            totals.add("sampler_difference_max", difference.max() if width else difference.sum())
-            metrics["sampler_difference"] = difference.sum(), mask.sum()
-        metrics |= {f"{name}_{suffix}": metrics[name] for name in list(metrics) if "clip" in name for suffix in place}
-        for name, (total, count) in metrics.items():
-            totals.add(name, total, count)
-    rate = args.lr * min(1.0, (run.state.updates + 1) / max(args.warmup_updates, 1))
-    with run.clock("optimizer"):
-        return finish_update(run, loss_sum, rate, totals)
-
-
-def finish_update(run, loss, rate, totals):
-    """Clips the gradient and steps the optimiser; or skips the update and counts it, if anything is not finite.
-
-    loss: this rank's share of the update's."""
-    args, state = run.args, run.state
-    loss = torch.tensor(sum(gather(loss)), dtype=torch.float64)
-    norm = full(torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.max_grad_norm or math.inf))
-    made = math.isfinite(loss) and math.isfinite(norm)
-    if made:
-        # Set at every update, since a checkpoint restores them too and the flags may have changed since.
-        for group, decay in zip(run.optimizer.param_groups, (args.weight_decay, 0.0)):
-            group.update(lr=rate, betas=(args.beta1, args.beta2), weight_decay=decay)
-        run.optimizer.step()
-        totals.add("loss", loss)
-        totals.add("grad_norm", norm)
-        totals.add("grad_norm_max", norm)
-    run.optimizer.zero_grad(set_to_none=True)
-    state.updates += 1
-    state.skipped_updates += not made
-    state.bad_updates = 0 if made else state.bad_updates + 1
-    if not made:
-        say(f"WARNING update {state.updates}: loss {float(loss):g}, gradient norm {float(norm):g}; skipped")
-    if state.bad_updates >= args.max_bad_updates:
-        raise ValueError(f"{state.bad_updates} updates in a row were not finite: lower --lr, or look at samples.txt")
-    return made
-
-
-def make_optimizer(model, args):
-    """AdamW with weight decay on matrices only; its state is filled in now, so that checkpoints always hold it."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
-    for p in model.parameters():
-        step = torch.zeros((), dtype=torch.float32, device=p.device)
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
-
-
-def warm_start(run):
-    """Supervised learning of the data's solutions (and of the end token after them), up to --sft-steps.
-
-    The learning rate rises over the first 5 % of the steps and falls along a cosine to 5 % of its peak."""
-    args, state, indices = run.args, run.state, sorted(run.replies)
-    started, totals = time.perf_counter(), Totals()
-    bar = tqdm(range(state.sft_step, args.sft_steps), "warm start", unit="update", leave=False,
-               disable=None if rank() == 0 else True)  # fmt: skip
-    for step in bar:
-        # Asked before and not after: a checkpoint with the last step behind it must hold the next phase's optimiser.
-        run.stop.check()
-        drawn = draw_prompts(args.seed + 1, step * args.sft_batch, args.sft_batch, len(indices))
-        pairs = [(run.prompts[indices[i]], run.replies[indices[i]]) for i, _ in drawn]
-        num_tokens, loss_sum = sum(len(reply) for _, reply in pairs), 0.0
-        for _, ids, prompt_lengths, lengths, owner in packed_parts(pairs, args):
-            logprobs, _ = run.model.score(ids, prompt_lengths, lengths, owner=owner)
-            loss = -logprobs.sum() / num_tokens  # score() leaves zeros beyond each reply
-            (loss * world()).backward()
-            loss_sum += float(loss.detach())
-        rise, fall = (step + 1) / max(args.sft_steps * 0.05, 1), step / args.sft_steps
-        rate = args.sft_lr * min(rise, 0.05 + 0.95 * (1 + math.cos(math.pi * fall)) / 2)
-        finish_update(run, loss_sum, rate, totals)
-        state.sft_step = step + 1
-        if state.sft_step % 50 == 0 or state.sft_step == args.sft_steps:
-            seconds = time.perf_counter() - started
-            loss = totals.means().get("loss", math.nan)
-            say(f"warm    {state.sft_step}/{args.sft_steps}  loss {loss:.3f}  {seconds:.0f} s")
-            totals = Totals()
-    # What is counted from here on is reinforcement learning's, the warm-up of the learning rate too.
-    state.updates = state.skipped_updates = state.bad_updates = 0
-    run.optimizer = make_optimizer(run.model, args)
-    save_checkpoint(run)
-
-
-# ------------------------------------------------------------------------------------------- Metrics and files of a run
-
-def step_metrics(run, batch, signals, totals):
-    """The step's line in metrics.jsonl (README explains each name); everything is over the whole step."""
-    correct, wrong, lengths = batch.correct, ~batch.correct, batch.lengths.double()
-    means = {
-        "reward": signals.rewards, "consistency_entropy": signals.entropy, "local_weight": signals.weight,
-        "length_mean": lengths, "all_wrong": wrong.all(dim=1), "all_right": correct.all(dim=1),
-        "mixed": copo.is_mixed(correct), "zero_gradient_groups": signals.effective.abs().amax(dim=1) < 1e-9,
-        "finished": batch.finished, "no_answer": batch.classes == -1, "accuracy": correct,
-    }  # fmt: skip
-    metrics = {"step": run.state.step, "loss": None, "grad_norm": None}  # None stays where there was no update
-    metrics |= {name: value.double().mean().item() for name, value in means.items()}
-    metrics |= {"length_max": lengths.max().item(), "lr": run.optimizer.param_groups[0]["lr"]}
-    metrics["wrong_pushed_up"] = (((signals.effective > 0) & wrong).sum() / wrong.sum().clamp(min=1)).item()
-    metrics |= totals.means()
+def log_step(run, rollout, advantages, metrics):
+    """Write the step to metrics.jsonl, groups.jsonl, now and then samples.txt, and the console."""
+    step = run.state.step
+    trained = metrics["prompts_trained"] > 0
+    metrics = step_metrics(run, rollout, advantages) | metrics
     if "local_share" in metrics:
         metrics["global_share"] = 1 - metrics["local_share"]
-    counters = ("updates", "skipped_updates", "skipped_steps", "cursor", "tokens", "responses")
-    return metrics | {name: getattr(run.state, name) for name in counters}
+    raise_alarms(metrics, run.state)
+    groups = [json.dumps(line) for line in group_lines(run, rollout, advantages)]
+    append(run.directory / "groups.jsonl", groups)
+    metrics |= speed_metrics(run.clock, metrics, int(rollout.lengths.sum()) if trained else 0)
+    append(run.directory / "metrics.jsonl", [json.dumps(metrics)])
+    print0(console_line(metrics, run.args.steps))
+    if not trained:
+        drawn = metrics["prompts_drawn"]
+        print0(f"step {step}: no group has both verdicts among {drawn} drawn; no update")
+    if step == 1 or step % SAMPLES_EVERY == 0:
+        table = sample_table(run, rollout, advantages)
+        append(run.directory / "samples.txt", [table])
+        print0(table)
 
 
-def speed_metrics(clock, tokens_prefilled, tokens_sampled, tokens_trained):
-    """Seconds by phase, tokens per second, peak memory: what a resumed run need not repeat."""
-    metrics = clock.report()
-    tokens = {"prefill": tokens_prefilled, "decode": tokens_sampled, "verify": tokens_sampled,
-              "logprobs": tokens_trained, "forward": tokens_trained, "backward": tokens_trained}  # fmt: skip
+def step_metrics(run, rollout, advantages):
+    """What the groups of a step say, over all of them; docs/metrics.md explains each name."""
+    correct = rollout.correct
+    lengths = rollout.lengths.double()
+    largest = advantages.effective.abs().amax(dim=1)
+    means = {
+        "reward": advantages.rewards,
+        "accuracy": correct,
+        "consistency_entropy": advantages.entropy,
+        "local_weight": advantages.weight,
+        "length_mean": lengths,
+        "all_wrong": ~correct.any(dim=1),
+        "all_right": correct.all(dim=1),
+        "mixed": copo.is_mixed(correct),
+        "zero_gradient_groups": largest < 1e-9,
+        "finished": rollout.finished,
+        "no_answer": rollout.classes == -1,
+    }
+    metrics = {"step": run.state.step, "loss": None, "grad_norm": None}  # None: there was no update
+    for name, values in means.items():
+        metrics[name] = values.double().mean().item()
+    metrics["length_max"] = lengths.max().item()
+    metrics["wrong_pushed_up"] = share_of(advantages.effective > 0, ~correct)
+    metrics["right_pushed_down"] = share_of(advantages.effective < 0, correct)
+    metrics["lr"] = run.optimizer.param_groups[0]["lr"]
+    for name in ("updates", "skipped_updates", "skipped_steps", "cursor", "tokens", "responses"):
+        metrics[name] = getattr(run.state, name)
+    return metrics
+
+
+def share_of(holds, responses):
+    """Share of these responses for which it holds; 0 if there are none."""
+    count = int(responses.sum())
+    return int((holds & responses).sum()) / max(count, 1)
+
+
+def speed_metrics(clock, metrics, tokens_trained):
+    """Seconds by phase, tokens per second and peak memory: what a resumed run need not repeat."""
+    speed = clock.report()
+    tokens = {
+        "prefill": metrics["prompt_tokens"],
+        "decode": metrics["tokens_sampled"],
+        "verify": metrics["tokens_sampled"],
+        "logprobs": tokens_trained,
+        "forward": tokens_trained,
+        "backward": tokens_trained,
+    }
     for phase, count in tokens.items():
-        if count and metrics.get(f"seconds_{phase}"):
-            metrics[f"tokens_per_second_{phase}"] = count / metrics[f"seconds_{phase}"]
+        seconds = speed.get(f"seconds_{phase}")
+        if count and seconds:
+            speed[f"tokens_per_second_{phase}"] = count / seconds
+    speed["peak_memory_gib"] = max(all_gather(peak_memory(clock.device))) / 2**30
+    return speed
+
+
+def peak_memory(device):
+    """Bytes: allocated on the GPU, or the process's largest resident set."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     import resource  # not on Windows, which reward.py refuses by name
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if clock.device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    return metrics | {"peak_memory_gib": max(gather(peak)) / 2**30}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def group_lines(run, batch, signals):
-    """The step's lines for groups.jsonl, a dict a prompt, in data order."""
+def group_lines(run, rollout, advantages):
+    """The step's lines for groups.jsonl: a dict a prompt, in data order."""
     # Six digits are enough to recompute every formula, at a third of the size.
-    short = Signals(*(part.mul(1e6).round().div(1e6).tolist() for part in signals))
-    for i, index in enumerate(batch.indices):
-        classes = batch.classes[i].tolist()
+    rounded = copo.Advantages(*(x.mul(1e6).round().div(1e6).tolist() for x in advantages))
+    for i, problem in enumerate(rollout.problems):
+        classes = rollout.classes[i].tolist()
+        answers = {}
+        for label in sorted(set(classes)):
+            answers[str(label)] = rollout.answers[i][classes.index(label)]
         yield {
-            "step": run.state.step, "row": run.problems[index].row, "H": short.entropy[i],
-            "R": short.global_rewards[i], "global_adv": short.global_adv[i], "correct": batch.correct[i].int().tolist(),
-            "reward": short.rewards[i], "class": classes, "length": batch.lengths[i].tolist(),
-            "finished": batch.finished[i].int().tolist(), "weight": short.weight[i], "local_adv": short.local_adv[i],
-            "answers": {str(c): batch.answers[i][classes.index(c)] for c in sorted(set(classes))},
-        }  # fmt: skip
+            "step": run.state.step,
+            "row": problem.row,
+            "H": rounded.entropy[i],
+            "R": rounded.global_rewards[i],
+            "global_adv": rounded.global_adv[i],
+            "correct": rollout.correct[i].int().tolist(),
+            "reward": rounded.rewards[i],
+            "class": classes,
+            "length": rollout.lengths[i].tolist(),
+            "finished": rollout.finished[i].int().tolist(),
+            "weight": rounded.weight[i],
+            "local_adv": rounded.local_adv[i],
+            "answers": answers,
+        }
 
 
-def printable(text, width):
-    """Model text as one line of at most `width` characters: nothing in it can move a cursor or break a log."""
-    text = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text[: 4 * width])
+def one_line(text, width):
+    """Model text in at most `width` characters that cannot move a cursor or break a log."""
+    characters = []
+    for character in text[: 4 * width]:
+        if character == "\n":
+            character = "⏎"
+        elif not character.isprintable():
+            character = "·"
+        characters.append(character)
+    text = "".join(characters)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def sample_table(run, batch, signals):
-    """A few responses to read: of the most mixed group and of the first one that is all wrong or all right."""
-    mixed = int((batch.correct.double().mean(dim=1) - 0.5).abs().argmin())
-    same = (~copo.is_mixed(batch.correct)).nonzero()[:, 0].tolist()
+def sample_table(run, rollout, advantages):
+    """A few responses to read, of the most mixed group and of one with equal verdicts."""
+    shares = rollout.correct.double().mean(dim=1)
+    chosen = [int((shares - 0.5).abs().argmin())]
+    equal = (~copo.is_mixed(rollout.correct)).nonzero()[:, 0].tolist()
+    chosen += [i for i in equal if i not in chosen][:1]
     lines = [f"step {run.state.step}"]
-    for i in [mixed, *[i for i in same if i != mixed][:1]]:
-        problem = run.problems[batch.indices[i]]
-        lines.append(f"  {printable(problem.problem, 88)}   reference {printable(problem.answer, 20)}   "
-                     f"H {signals.entropy[i]:.2f}  R {signals.global_rewards[i]:.2f}")  # fmt: skip
-        for j, text in enumerate(batch.texts[i][:4]):
-            verdict = "right" if batch.correct[i, j] else "wrong"
-            lines.append(f"    {verdict}  A {signals.effective[i, j]:+.2f}  {printable(text, 90)}")
+    for i in chosen:
+        problem = rollout.problems[i]
+        lines.append(
+            f"  {one_line(problem.problem, 88)}   reference {one_line(problem.answer, 20)}   "
+            f"H {advantages.entropy[i]:.2f}  R {advantages.global_rewards[i]:.2f}"
+        )
+        for j, text in enumerate(rollout.texts[i][:4]):
+            verdict = "right" if rollout.correct[i, j] else "wrong"
+            advantage = advantages.effective[i, j]
+            lines.append(f"    {verdict}  A {advantage:+.2f}  {one_line(text, 90)}")
     return "\n".join(lines)
 
 
 def console_line(m, steps):
-    """One step for a person to read."""
-    phases = {name.removeprefix("seconds_"): m[name] for name in m if name.startswith("seconds_")}
-    phases = " ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
+    """One step for a person to read; m are its metrics."""
+    phases = []
+    for name, seconds in m.items():
+        if name.startswith("seconds_") and seconds >= 0.05:
+            phases.append(f"{name.removeprefix('seconds_')} {seconds:.1f}")
     return (
-        f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  wrong/mixed/right "
-        f"{m['all_wrong']:3.0%}/{m['mixed']:3.0%}/{m['all_right']:3.0%}  H {m['consistency_entropy']:.2f}  "
-        f"w {m['local_weight']:.2f}  loss {m['loss'] or 0:+.3f}  approx_kl {m.get('approx_kl', 0):.4f}  "
-        f"grad {m['grad_norm'] or 0:.2f}  len {m['length_mean']:.0f}  {m['seconds']:.1f} s ({phases})"
+        f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  "
+        f"wrong/mixed/right {m['all_wrong']:3.0%}/{m['mixed']:3.0%}/{m['all_right']:3.0%}  "
+        f"H {m['consistency_entropy']:.2f}  w {m['local_weight']:.2f}  loss {m['loss'] or 0:+.3f}  "
+        f"approx_kl {m.get('approx_kl', 0):.4f}  grad {m['grad_norm'] or 0:.2f}  "
+        f"len {m['length_mean']:.0f}  {m['seconds']:.1f} s ({' '.join(phases)})"
     )
 
 
 def raise_alarms(metrics, state):
-    """Warns of a run that cannot learn: at the third such step in a row, and at every tenth from there on."""
+    """Warn of a run that cannot learn: at the third such step in a row, then at every tenth."""
+    no_advantage = metrics["zero_gradient_groups"] == 1 or metrics["prompts_trained"] == 0
     conditions = {
         "almost every response is cut off by --max-new-tokens": metrics["finished"] < 0.05,
-        "almost no response has an answer that the checker finds; look at samples.txt": metrics["no_answer"] > 0.95,
-        "no response has an advantage, since rewards are equal: nothing to learn":
-            metrics["zero_gradient_groups"] == 1 or not metrics["prompts_trained"],
+        "almost no response has an answer that the checker finds; look at samples.txt": (
+            metrics["no_answer"] > 0.95
+        ),
+        "no response has an advantage, since rewards are equal: nothing to learn": no_advantage,
     }
     for message, holds in conditions.items():
-        state.alarms[message] = state.alarms.get(message, 0) + 1 if holds else 0
-        if state.alarms[message] % 10 == 3:
-            say(f"WARNING {state.alarms[message]} steps in a row: {message}")
-
-
-def log_step(run, batch, signals, drawing, totals):
-    """Writes the step to metrics.jsonl, groups.jsonl, now and then samples.txt, and to the console."""
-    step, every = run.state.step, run.args.samples_every
-    metrics = step_metrics(run, batch, signals, totals) | drawing
-    raise_alarms(metrics, run.state)
-    append(run.directory / "groups.jsonl", [json.dumps(line) for line in group_lines(run, batch, signals)])
-    trained = int(batch.lengths.sum()) if drawing["prompts_trained"] else 0
-    metrics |= speed_metrics(run.clock, drawing["prompt_tokens"], drawing["tokens_sampled"], trained)
-    append(run.directory / "metrics.jsonl", [json.dumps(metrics)])
-    say(console_line(metrics, run.args.steps))
-    if not drawing["prompts_trained"]:
-        say(f"step {step}: no group has both verdicts among {drawing['prompts_drawn']} drawn; no update")
-    if every and (step == 1 or step % every == 0):
-        table = sample_table(run, batch, signals)
-        append(run.directory / "samples.txt", [table])
-        say(table)
+        steps = state.alarms.get(message, 0) + 1 if holds else 0
+        state.alarms[message] = steps
+        if steps % 10 == 3:
+            print0(f"WARNING {steps} steps in a row: {message}")
 
 
 def append(path, lines):
-    """Adds lines to a file of the run, whole or, if the process is killed meanwhile, to be cut off on resume."""
+    """Add lines to a file of the run. What a killed process writes by half, a resume cuts off."""
     if rank() != 0:
         return
     with open(path, "a", encoding="utf-8", errors="replace") as file:
@@ -1042,28 +1074,51 @@ def append(path, lines):
         os.fsync(file.fileno())
 
 
-# ---------------------------------------------------------------------------------------------- Checkpoints and exports
+def summarise(run):
+    """Export the model, and say what came of the run and where everything is."""
+    export(run, "model", run.args.export_dtype)
+    evaluations = run.state.evaluations
+    if len(evaluations) > 1:
+        _, before = evaluations[0]
+        last_step, after = evaluations[-1]
+        best_step, best = max(evaluations, key=lambda evaluation: evaluation[1])
+        print0(
+            f"held-out mean@{run.args.eval_samples}: {before:.1%} before, {after:.1%} after "
+            f"{last_step} steps; the best of all evaluations, {best:.1%}, was at step {best_step}"
+        )
+    files = "metrics.jsonl eval.jsonl groups.jsonl samples.txt run.json checkpoints/ model/"
+    print0(f"run     {run.directory}: {files}")
+
+
+# -------------------------------------------------------------------------- Checkpoints and exports
+
 
 def checkpoint_name(run):
-    # "sft-" sorts before "step-", so that the newest checkpoint is the last name.
+    """ "sft-" sorts before "step-", so that the newest checkpoint has the last name."""
     warming = run.state.sft_step < run.args.sft_steps
     return f"sft-{run.state.sft_step:06d}" if warming else f"step-{run.state.step:06d}"
 
 
 def save_checkpoint(run):
-    """Writes checkpoints/NAME under a temporary name, renames it when it is whole, then prunes older ones."""
+    """Write checkpoints/NAME, whole or not at all, and delete the oldest beyond --keep -> path."""
     target = run.directory / "checkpoints" / checkpoint_name(run)
-    if gather(target.exists())[0]:  # what rank 0 sees counts: file systems may lag behind
+    if all_gather(target.exists())[0]:  # what rank 0 sees counts: file systems may lag behind
         return target
-    files = [run.directory / name for name in RUN_FILES]
-    run.state.files = {path.name: path.stat().st_size for path in files if path.exists()}
-    with whole_directory(target) as temporary, plain_errors(f"cannot write the checkpoint {target}"):
+    run.state.files = {}
+    for name in RUN_FILES:
+        if (run.directory / name).exists():
+            run.state.files[name] = (run.directory / name).stat().st_size
+    failed = f"cannot write the checkpoint {target}"
+    with atomic_directory(target) as temporary, one_line_errors(failed):
         weights, optimizer = get_state_dict(run.model, run.optimizer)
-        dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=temporary, no_dist=world() == 1)
+        contents = {"model": weights, "optimizer": optimizer}
+        dcp.save(contents, checkpoint_id=temporary, no_dist=world_size() == 1)
         if rank() == 0:
-            (temporary / "state.json").write_text(json.dumps(asdict(run.state)) + "\n")
-    for old in list_checkpoints(run.directory)[: -run.args.keep] if rank() == 0 else ():
-        discard(old)
+            state = json.dumps(dataclasses.asdict(run.state))
+            (temporary / "state.json").write_text(state + "\n")
+    if rank() == 0:
+        for old in list_checkpoints(run.directory)[: -run.args.keep]:
+            delete_directory(old)
     return target
 
 
@@ -1072,62 +1127,76 @@ def list_checkpoints(directory):
     return sorted(path.parent for path in (directory / "checkpoints").glob("s*/state.json"))
 
 
-def go_back(run):
-    """Restores the checkpoint that --resume names, if there is one, and removes what the run did after it."""
-    found = list_checkpoints(run.directory) if run.args.resume == "latest" else [Path(run.args.resume).resolve()]
-    found = gather(found)[0]
-    if found:
-        with plain_errors(f"cannot read the checkpoint {found[-1]}, go on from another one with --resume DIR"):
+def load_checkpoint(run):
+    """Restore the checkpoint that --resume names, if there is one, and undo what came after it."""
+    checkpoints = list_checkpoints(run.directory)
+    if run.args.resume != "latest":
+        checkpoints = [Path(run.args.resume).resolve()]
+    checkpoints = all_gather(checkpoints)[0]
+    if checkpoints:
+        newest = checkpoints[-1]
+        advice = "go on from another one with --resume DIR"
+        with one_line_errors(f"cannot read the checkpoint {newest}, {advice}"):
             weights, optimizer = get_state_dict(run.model, run.optimizer)
-            dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=found[-1], no_dist=world() == 1)
-            set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
-            run.state = State(**json.loads((found[-1] / "state.json").read_text()))
-    gather(None)  # all have read before anything is removed
-    if rank() != 0:
-        return
-    for stale in [*run.directory.rglob(".*.tmp"), *run.directory.rglob(".*.old")]:
-        shutil.rmtree(stale, ignore_errors=True)  # one may have lain in another
-    for path in (run.directory / name for name in RUN_FILES):
-        if path.exists():  # half-written lines lie beyond the length that was noted, and go too
-            os.truncate(path, min(run.state.files.get(path.name, 0), path.stat().st_size))
+            contents = {"model": weights, "optimizer": optimizer}
+            dcp.load(contents, checkpoint_id=newest, no_dist=world_size() == 1)
+            set_state_dict(
+                run.model, run.optimizer, model_state_dict=weights, optim_state_dict=optimizer
+            )
+            run.state = State(**json.loads((newest / "state.json").read_text()))
+    all_gather(None)  # every rank has read before rank 0 removes anything
+    if rank() == 0:
+        cut_back_files(run)
+
+
+def cut_back_files(run):
+    """Remove what the run wrote after the checkpoint, and what a killed process left behind."""
+    for leftover in [*run.directory.rglob(".*.tmp"), *run.directory.rglob(".*.old")]:
+        shutil.rmtree(leftover, ignore_errors=True)  # one may have lain in another
+    for name in RUN_FILES:
+        path = run.directory / name
+        if path.exists():
+            os.truncate(path, min(run.state.files.get(name, 0), path.stat().st_size))
     for checkpoint in list_checkpoints(run.directory):
         if checkpoint.name > checkpoint_name(run):
-            discard(checkpoint)
+            delete_directory(checkpoint)
 
 
 @contextlib.contextmanager
-def whole_directory(target):
-    """A temporary directory that takes the place of `target` when all of it is written: whole or not at all."""
+def atomic_directory(target):
+    """A temporary directory that becomes `target` once all of it is written."""
     temporary = target.with_name(f".{target.name}.tmp")
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    gather(None)
+    all_gather(None)
     try:
         yield temporary
-    except BaseException:  # such as a full disk, which has better uses for the space
+    except BaseException:  # a full disk has better uses for the space
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    gather(None)
+    all_gather(None)
     if rank() == 0:
         if target.exists():
-            discard(target)
+            delete_directory(target)
         os.replace(temporary, target)
-    gather(None)
+    all_gather(None)
 
 
 @contextlib.contextmanager
-def plain_errors(what):
+def one_line_errors(what):
     """Whatever torch makes of a full disk or a damaged file becomes an OSError of one line."""
     try:
         yield
-    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
-        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        raise OSError(f"{what}: {causes[0]}") from error
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise OSError(f"{what}: {first}") from error
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
+        raise OSError(f"{what}: {error}") from error
 
 
-def discard(directory):
-    """Deletes a directory; it is hidden first, so that nobody takes what is left of it for a whole one."""
+def delete_directory(directory):
+    """Rename it first, so that nobody takes what is left of it for a whole one."""
     hidden = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(directory, hidden)
@@ -1135,25 +1204,55 @@ def discard(directory):
 
 
 def export(run, name, dtype):
-    """Writes the weights as a Hugging Face directory of the run, tensor by tensor, none of them held for long."""
-    with whole_directory(run.directory / name) as temporary:
-        weights = ((key, full(tensor)) for key, tensor in run.model.state_dict().items())
+    """Write the weights as a Hugging Face directory of the run, one whole tensor at a time."""
+    with atomic_directory(run.directory / name) as temporary:
+        weights = ((key, full_tensor(tensor)) for key, tensor in run.model.state_dict().items())
         if rank() == 0:
             run.model.save_pretrained(temporary, DTYPES.get(dtype), weights)
-        deque(weights, maxlen=0)  # every rank takes part in making each tensor whole; rank 0 has taken them all
+        # full_tensor is a collective: the other ranks take part in each, rank 0 has had them all.
+        deque(weights, maxlen=0)
 
 
-# -------------------------------------------- Weights in two forms: masters that are trained, and the copy that samples
+# ----------------------- Weights in two forms: masters that are trained, and the copy that samples
 
-def full(tensor):
-    """A sharded tensor as a whole one; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+def is_sharded(args, ranks=None):
+    """True if FSDP keeps masters apart from the weights that sample (it casts on one rank too)."""
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
+    return ranks > 1 or args.dtype == "bfloat16" or args.cpu_offload
+
+
+def load_weights(run):
+    """Load the model that is trained and the one that samples: one and the same, unless sharded."""
+    args = run.args
+    run.sampler = load_frozen_copy(run, run.model.source)
+    if is_sharded(args):
+        shard(run.model, args)
+    else:
+        run.model = run.sampler.requires_grad_(True)
+    for block in run.model.model.layers:
+        block.activation_checkpointing = args.activation_checkpointing
+        if args.compile:
+            block.compute = torch.compile(block.compute, backend=args.compile, dynamic=True)
+
+
+def load_frozen_copy(run, path, sharded=False):
+    """The weights of a directory in the compute type: all, or this rank's shard of them."""
+    args = run.args
+    device = "meta" if sharded else args.device
+    copy = Transformer.from_pretrained(path, DTYPES[args.dtype], device, args.seed)
+    copy.requires_grad_(False)
+    copy.num_tokens = run.model.num_tokens
+    if sharded:
+        shard(copy, args)
+    return copy
 
 
 def shard(model, args):
-    """FSDP2 over all ranks, block by block, of a model without weights, which are then read from its source's files.
+    """Split a model without weights over all ranks (FSDP2), block by block, and load its weights.
 
-    Computes in --dtype; masters and gradient reduction are float32, or float64."""
+    It computes in --dtype; masters and gradient reduction are float32, or float64.
+    """
     from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
@@ -1162,228 +1261,786 @@ def shard(model, args):
         backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # Named, since FSDP would otherwise take the best device that this PyTorch was built for.
-    mesh = init_device_mesh(args.device, (world(),))
-    cast = fsdp.MixedPrecisionPolicy(DTYPES[args.dtype], reduce_dtype=next(model.parameters()).dtype)
-    pin = args.device == "cuda"
-    offload = fsdp.CPUOffloadPolicy(pin_memory=pin) if args.cpu_offload else fsdp.OffloadPolicy()
+    mesh = init_device_mesh(args.device, (world_size(),))
+    master_dtype = next(model.parameters()).dtype
+    precision = fsdp.MixedPrecisionPolicy(DTYPES[args.dtype], reduce_dtype=master_dtype)
+    offload = fsdp.OffloadPolicy()
+    if args.cpu_offload:
+        offload = fsdp.CPUOffloadPolicy(pin_memory=args.device == "cuda")
     for part in [*model.model.layers, model]:
-        fsdp.fully_shard(part, mesh=mesh, mp_policy=cast, offload_policy=offload)
-    fsdp.register_fsdp_forward_method(model, "score")
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    fsdp.register_fsdp_forward_method(model, "packed_logprobs")
     model.to_empty(device="cpu" if args.cpu_offload else args.device)
-    weights = read_weights(Path(model.source))  # pages of files, of which one parameter at a time is taken in
+    weights = read_weights(model.source, args.seed)  # pages of files: only one tensor is in memory
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             whole = weights[name].to(parameter.dtype)
-            parameter.copy_(distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None))
+            sharded = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(sharded)
 
 
-def second_copy(run, path, kept_apart=False):
-    """A frozen copy in the compute type, with the weights of a directory: whole, or one shard of it on each rank."""
-    device = "meta" if kept_apart else run.args.device
-    copy = Transformer.from_pretrained(path, DTYPES[run.args.dtype], device).requires_grad_(False)
-    copy.num_tokens = run.model.num_tokens
-    if kept_apart:
-        shard(copy, run.args)
-    return copy
+def full_tensor(tensor):
+    """A sharded tensor as a whole one (a collective); any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def sync_weights(run):
-    """Copies the masters, parameter by parameter, into the copy that samples."""
-    if run.sampler is not run.model:
-        with torch.no_grad(), run.clock("sync"):
-            for target, source in zip(run.sampler.parameters(), run.model.parameters()):
-                if target.shape != source.shape:  # its memory was given back
-                    target.data = target.new_empty(source.shape)
-                target.copy_(full(source.detach()))
+    """Copy the masters, parameter by parameter, into the copy that samples."""
+    if run.sampler is run.model:
+        return
+    with torch.no_grad(), run.clock("sync"):
+        for target, source in zip(run.sampler.parameters(), run.model.parameters()):
+            if target.shape != source.shape:  # free_sampler gave its memory back
+                target.data = target.new_empty(source.shape)
+            target.copy_(full_tensor(source.detach()))
 
 
 def free_sampler(run):
-    """Gives the sampling copy's memory back until the next sync_weights(), if --free-sampler asks for it."""
+    """With --free-sampler, give the copy's memory back until the next sync_weights()."""
     if run.args.free_sampler:
         for parameter in run.sampler.parameters():
             parameter.data = parameter.new_empty(0)
 
 
 def load_reference(run):
-    """The frozen initial policy for the KL term; after a warm start it is exported once, for continuations."""
+    """The frozen initial policy for the KL term.
+
+    After a warm start that is no model on disk: it is exported once, for continuations too.
+    """
     path = Path(run.model.source)
     if run.args.sft_steps:
         path = run.directory / "reference"
         if run.state.step == 0:
             export(run, path.name, "float64" if run.args.dtype == "float64" else "float32")
-    return second_copy(run, path, kept_apart=world() > 1)
+    return load_frozen_copy(run, path, sharded=world_size() > 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- The run
+# ------------------------------------------------------------------------------- Start of the run
 
-def due(step, every, last):
-    """Whether something done every so many steps (0: only before and after) is to be done at this one."""
-    return step in (0, last) or (every > 0 and step % every == 0)
-
-
-def evaluate(run):
-    """Evaluates the held-out problems, if it is time: a line in eval.jsonl and one on the console."""
-    args, state = run.args, run.state
-    made = [step for step, _ in state.evaluations]
-    if not run.held_out or state.step in made or not due(state.step, args.eval_every, args.steps):
-        return
-    with run.clock("evaluate"), token_bar(run, "evaluation") as watch:
-        found = evaluation.merge(*in_turn(run, run.held_out, lambda share: evaluation.evaluate(
-            run.sampler, run.tokenizer, share, run.verifier, k=args.eval_samples, seed=args.eval_seed,
-            max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature, stop_ids=run.stop_ids,
-            system=args.system, instruction=args.instruction, max_rows=args.rollout_batch, on_tokens=watch,
-            max_memory=int(args.rollout_memory * 2**30),
-        )))  # fmt: skip
-    means, votes = evaluation.mean_at_k(found.verdicts), evaluation.maj_at_k(found.verdicts, found.classes)
-    line = {
-        "step": state.step, "k": args.eval_samples, "mean": float(means.mean()), "maj": float(votes.mean()),
-        "equal_groups": float(np.isin(means, (0, 1)).mean()), "length_mean": float(found.lengths.mean()),
-        "finished": float(found.finished.mean()), "no_answer": float((found.classes == -1).mean()),
-        "tokens": state.tokens, "responses": state.responses, "seconds": run.clock.seconds["evaluate"],
-        "per_problem": means.tolist(), "per_problem_maj": votes.tolist(),
-    }  # fmt: skip
-    append(run.directory / "eval.jsonl", [json.dumps(line)])
-    state.evaluations.append([state.step, line["mean"]])
-    say(f"eval    step {state.step}: mean@{line['k']} {line['mean']:.1%}  maj@{line['k']} {line['maj']:.1%}  "
-        f"equal groups {line['equal_groups']:.0%}  len {line['length_mean']:.0f}  "
-        f"({len(means)} problems, {line['seconds']:.1f} s)")  # fmt: skip
+FORMAT = 2  # of the run's files
+LAST_COMMIT_OF_FORMAT_1 = "ce7ac25"
+TINY_MODEL = HERE / "data/tiny"  # the demonstration's; its weights are drawn from --seed
 
 
-def prepare(args):
-    """Loads model, tokenizer and data, and refuses what cannot work before anything is written -> Run."""
-    directory, made = Path(args.run_dir), not args.model and not args.resume
-    with tempfile.TemporaryDirectory(prefix="copo-") as scratch:
-        source = args.model or (Path(scratch) if made else directory) / "init"
-        if made:
-            make_tiny_model(source, args.seed)
-        masters = "float64" if args.dtype == "float64" else "float32"
-        # Without weights where they will be sharded: start() reads each rank's part of them.
-        device = "meta" if sharded(args) else args.device
-        model, tokenizer, stop_ids = evaluation.load_checkpoint(source, masters, device, args.stop)
-        check_memory(model.config, args)
-        need(tokenizer.eos_token_id is not None or not args.sft_steps,
-             f"{source}: the tokenizer has no end token, which the warm start would train")  # fmt: skip
-        (problems, prompts), (held_out, held_out_prompts) = load_data(args, tokenizer)
-        replies = {i: tokenizer(p.solution, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-                   for i, p in enumerate(problems) if p.solution and args.sft_steps}  # fmt: skip
-        need(replies or not args.sft_steps,
-             f"--sft-steps {args.sft_steps}, but no problem in {args.data} has a solution to learn from")  # fmt: skip
-        longest = max(len(prompt) for prompt in prompts + held_out_prompts) + args.max_new_tokens
-        positions = model.config.max_position_embeddings
-        need(longest <= positions, f"the longest prompt and --max-new-tokens make {longest} tokens; the model has "
-             f"{positions} positions: lower --max-prompt-tokens or --max-new-tokens")  # fmt: skip
-        for i, reply in replies.items():
-            need(len(prompts[i]) + len(reply) <= positions, f"{args.data}:{problems[i].row + 1}: prompt and solution "
-                 f"make {len(prompts[i]) + len(reply)} tokens; the model has {positions} positions")  # fmt: skip
-    if made:
-        model.source = directory / "init"  # where claim() makes it again
-    return Run(args, model, model, tokenizer, stop_ids, problems, prompts, replies, held_out, directory)
+def require(condition, message):
+    """Stop with a one-line message and exit code 2. Only called before any file is written."""
+    if not condition:
+        raise ValueError(message)
 
 
-def claim(run):
-    """Makes the run's directory, with the tiny model in it if that is the model."""
+def setup(args):
+    """Read model and data and check that they fit together -> Run. Writes nothing.
+
+    The weights are only checked: load_weights() reads them, once it is clear that they will fit.
+    """
+    source = args.model or TINY_MODEL
+    masters = "float64" if args.dtype == "float64" else "float32"
+    model, tokenizer, stop_ids = load_model(source, masters, "meta", args.stop, args.seed)
+    check_memory(model.config, args)
+    problems, prompts = read_training_data(args, tokenizer)
+    held_out, held_out_prompts = read_held_out_data(args, tokenizer, problems)
+    solutions = {}
+    if args.sft_steps:
+        solutions = encode_solutions(args, tokenizer, problems)
+    check_positions(args, model.config, problems, prompts, held_out_prompts, solutions)
+    return Run(
+        args=args,
+        algorithm=algorithm_of(args),
+        directory=Path(args.run_dir),
+        model=model,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        problems=problems,
+        prompts=prompts,
+        solutions=solutions,
+        held_out=held_out,
+        held_out_prompts=held_out_prompts,
+        verifier=Verifier(
+            args.verifier_workers,
+            timeout=args.verifier_timeout,
+            memory_mb=args.verifier_memory,
+            reward=args.reward,
+        ),
+        clock=Clock(args.device),
+    )
+
+
+def read_problems(args, tokenizer, path, *options):
+    """Problems of a file and their prompts; says how many were dropped and why."""
+    dropped = Counter()
+    problems = []
+    prompts = []
+    for problem in load_problems(path, dropped, *options):
+        prompt = encode_prompt(tokenizer, problem.problem, args.system, args.instruction)
+        if len(prompt) > args.max_prompt_tokens:
+            dropped[f"prompt over {args.max_prompt_tokens} tokens"] += 1
+        else:
+            problems.append(problem)
+            prompts.append(prompt)
+    reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
+    print0(f"data    {path}: {len(problems)} problems{reasons}")
+    return problems, prompts
+
+
+def named_shapes(args):
+    """The shape that --problem-field and --answer-field describe, in a list, if they are given."""
+    return [(args.problem_field, args.answer_field, "solution")] if args.problem_field else []
+
+
+def read_training_data(args, tokenizer):
+    shapes = named_shapes(args) or SHAPES
+    fraction = args.data_fraction or 1.0
+    problems, prompts = read_problems(args, tokenizer, args.data, shapes, fraction, args.seed)
+    require(
+        len(problems) >= args.prompts_per_step,
+        f"--prompts-per-step {args.prompts_per_step}, but {args.data} has {len(problems)} usable "
+        "problems",
+    )
+    return problems, prompts
+
+
+def read_held_out_data(args, tokenizer, training_problems):
+    """The first --eval-problems of --eval-data; warns if the training data holds some of them."""
+    if not args.eval_data:
+        return [], []
+    shapes = [*named_shapes(args), *SHAPES]
+    problems, prompts = read_problems(args, tokenizer, args.eval_data, shapes)
+    require(problems, f"--eval-data {args.eval_data} has no usable problems")
+    if args.eval_problems:
+        problems = problems[: args.eval_problems]
+        prompts = prompts[: args.eval_problems]
+    seen = {same_text(problem.problem) for problem in training_problems}
+    overlap = [problem for problem in problems if same_text(problem.problem) in seen]
+    if overlap:
+        count = f"{len(overlap)} of {len(problems)}"
+        print0(f"WARNING {count} held-out problems are in the training data too")
+    return problems, prompts
+
+
+def encode_solutions(args, tokenizer, problems):
+    """{index of a problem: token ids of its solution and the end token}, for the warm start."""
+    end = tokenizer.eos_token_id
+    require(
+        end is not None,
+        f"{args.model}: the tokenizer has no end token, which the warm start would train",
+    )
+    solutions = {}
+    for i, problem in enumerate(problems):
+        if problem.solution:
+            ids = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+            solutions[i] = [*ids, end]
+    require(
+        solutions,
+        f"--sft-steps {args.sft_steps}, but no problem in {args.data} has a solution to learn from",
+    )
+    return solutions
+
+
+def check_positions(args, config, problems, prompts, held_out_prompts, solutions):
+    """Every prompt must leave room for its response within the positions of the model."""
+    positions = config.max_position_embeddings
+    longest = max(len(prompt) for prompt in prompts + held_out_prompts) + args.max_new_tokens
+    require(
+        longest <= positions,
+        f"the longest prompt and --max-new-tokens make {longest} tokens; the model has {positions} "
+        "positions: lower --max-prompt-tokens or --max-new-tokens",
+    )
+    for i, solution in solutions.items():
+        length = len(prompts[i]) + len(solution)
+        require(
+            length <= positions,
+            f"{args.data}:{problems[i].row + 1}: prompt and solution make {length} tokens; the "
+            f"model has {positions} positions",
+        )
+
+
+def create_run_dir(run):
     if rank() == 0:
         run.directory.mkdir(parents=True, exist_ok=True)
-        if not run.args.model and not run.args.resume:
-            make_tiny_model(run.directory / "init", run.args.seed)
+
+
+def load_state(run):
+    """Load the weights and the checkpoint, if there is one, and say what will be done."""
+    args = run.args
+    load_weights(run)
+    run.optimizer = make_optimizer(run.model, args)
+    if args.resume:
+        load_checkpoint(run)
+    if rank() == 0:
+        record_run(run)
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    updates = args.prompts_per_step // args.minibatch_prompts
+    print0(
+        f"model   {run.model.source}: {parameters:.1f} M parameters, {args.dtype}, {args.device}, "
+        f"{world_size()} × {torch.get_num_threads()} threads"
+    )
+    print0(
+        f"run     {run.directory}: {args.algo} (blend {args.blend}), P {args.prompts_per_step} × "
+        f"G {args.group_size}, {updates} updates a step, lr {args.lr:g}, responses up to "
+        f"{args.max_new_tokens} tokens, steps {run.state.step} to {args.steps}"
+    )
 
 
 def record_run(run):
-    """run.json: every flag, versions, commit. On resume it says which flags differ from before, and notes them."""
-    if rank() != 0:
-        return
+    """Write run.json: format, flags, versions, commit; on resume, also which flags have changed."""
     flags = dict(sorted(vars(run.args).items()))
     if run.args.resume:
-        run.about = json.loads((run.directory / "run.json").read_text())
-        before = run.about["flags"]
-        changed = {name: [before.get(name), value] for name, value in flags.items()
-                   if name not in NOT_THE_RUN and before.get(name) != value}  # fmt: skip
-        for name, (old, new) in changed.items():
-            say(f"WARNING {flag(name)} was {old} and is now {new}: from here on this is another run")
-        run.about.setdefault("resumed", []).append({"step": run.state.step, "changed": changed})
-        run.about.pop("ended", None)
+        run.run_info = json.loads((run.directory / "run.json").read_text())
+        before = run.run_info["flags"]
+        changed = {}
+        for name, value in flags.items():
+            if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value:
+                changed[name] = [before.get(name), value]
+                was = f"was {before.get(name)} and is now {value}"
+                print0(f"WARNING {flag(name)} {was}: from here on this is another run")
+        resumed = {"step": run.state.step, "changed": changed}
+        run.run_info.setdefault("resumed", []).append(resumed)
+        run.run_info.pop("ended", None)
     else:
-        git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         packages = ("torch", "transformers", "safetensors", "numpy", "tqdm", "sympy")
-        run.about = {
-            "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "command": sys.argv, "commit": git.stdout.strip() or None,
+        run.run_info = {
+            "format": FORMAT,
+            "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+            "command": sys.argv,
+            "commit": current_commit(),
             "versions": {name: importlib.metadata.version(name) for name in packages},
-            "python": platform.python_version(), "host": platform.platform(), "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "host": platform.platform(),
+            "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in run.model.parameters()),
-        }  # fmt: skip
-    write_about(run, flags=flags)
+        }
+    write_run_info(run, flags=flags)
 
 
-def write_about(run, **news):
-    """Adds to run.json, which is never seen half-written."""
-    run.about |= news
+def current_commit():
+    """The commit of this code, None outside of git."""
+    command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def write_run_info(run, **entries):
+    """Add to run.json, which is never seen half-written."""
+    run.run_info |= entries
     temporary = run.directory / "run.tmp"
-    temporary.write_text(json.dumps(run.about, indent=1) + "\n")
+    temporary.write_text(json.dumps(run.run_info, indent=1) + "\n")
     os.replace(temporary, run.directory / "run.json")
 
 
-def start(run):
-    """Puts the weights in their places, goes back to the checkpoint if there is one, and says what will be done."""
-    args = run.args
-    for block in run.model.model.layers:
-        block.recompute = args.activation_checkpointing
-        if args.compile:
-            block.compute = torch.compile(block.compute, backend=args.compile, dynamic=True)
-    if sharded(args):
-        run.sampler = second_copy(run, run.model.source)
-        shard(run.model, args)
-    run.optimizer = make_optimizer(run.model, args)
-    if args.resume:
-        go_back(run)
-    record_run(run)
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    say(f"model   {run.model.source}: {parameters:.1f} M parameters, {args.dtype}, {args.device}, "
-        f"{world()} × {torch.get_num_threads()} threads")  # fmt: skip
-    say(f"run     {run.directory}: {args.algo} (blend {args.blend}), P {args.prompts_per_step} × G {args.group_size}, "
-        f"{args.prompts_per_step // args.minibatch_prompts} updates a step, lr {args.lr:g}, responses up to "
-        f"{args.max_new_tokens} tokens, steps {run.state.step} to {args.steps}")  # fmt: skip
+# ----------------------------------------------------------------------------------------- Memory
 
 
-def train(run):
-    """The run: a warm start; then evaluate, save, and a step of reinforcement learning, in turn, until --steps."""
-    args, state = run.args, run.state
-    if state.sft_step < args.sft_steps:
-        warm_start(run)
-    run.reference = load_reference(run) if args.kl_coef else None
-    run.clock.report()  # the first step's seconds are its own
-    while True:
-        sync_weights(run)
-        evaluate(run)
-        with run.clock("save"):
-            if state.step and due(state.step, args.save_every, args.steps):
-                save_checkpoint(run)
-            if state.step and args.export_every and state.step % args.export_every == 0:
-                export(run, f"model-{state.step:06d}", args.export_dtype)
-        if state.step >= args.steps:
-            break
-        run.stop.check()
-        drawn, kept, drawing = rollout(run)
-        free_sampler(run)
-        batch = drawn.select(kept or range(len(drawn.indices)))
-        signals = compute_signals(batch, args)
-        totals = train_on(run, batch, signals) if kept else Totals()
-        state.step += 1
-        state.skipped_steps += not kept
-        state.cursor += drawing["prompts_drawn"]
-        state.tokens += drawing["tokens_sampled"]
-        state.responses += drawn.correct.numel()
-        log_step(run, batch, signals, drawing, totals)
-    summarise(run)
+def memory_plan(config, args, ranks):
+    """GiB that each of `ranks` ranks needs, at the longest prompts and responses: {purpose: GiB}.
+
+    "exact" sums up the weights, gradients and optimiser that are there at the same time; "total"
+    adds estimates: of the cache in a rollout, or of what autograd keeps for one micro-batch.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    layers = config.num_hidden_layers
+    parameters = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    root = parameters - layers * block  # embeddings, final norm and head
+    sharded = is_sharded(args, ranks)
+    wide = 8 if args.dtype == "float64" else 4  # bytes of a number in masters and gradients,
+    narrow = DTYPES[args.dtype].itemsize  # and of one in the compute type
+    on_device = 0 if args.cpu_offload else wide * parameters / ranks
+    longest = args.max_prompt_tokens + args.max_new_tokens
+    rows = math.ceil(args.prompts_per_step / ranks) * args.group_size
+    rows = min(rows, args.rollout_batch or rows)
+    kv_heads = config.num_key_value_heads * config.head_dim
+    # FSDP gathers a block and the next one, and embeddings and head throughout; gradients likewise.
+    gathered = (2 * block + root) * narrow + (block + root) * (narrow + wide)
+    tokens = max(args.micro_tokens, longest)
+    bytes_of = {
+        "masters": on_device,
+        "optimiser": 2 * on_device,
+        "gradients": on_device,
+        "sampler": narrow * parameters if sharded else 0,
+        "reference": narrow * parameters / ranks if args.kl_coef else 0,
+        "kv cache": rows * longest * layers * 2 * kv_heads * narrow,
+        "gathered": gathered if sharded else 0,
+        "activations": tokens * numbers_per_token(config, args) * narrow,
+        # a few chunks of them, and the gradient of the head
+        "logits": 3 * 4 * 2**24 + wide * config.vocab_size * config.hidden_size,
+    }
+    plan = {name: size / 2**30 for name, size in bytes_of.items()}
+    always = plan["masters"] + plan["optimiser"] + plan["reference"]
+    update = plan["gradients"] + (0 if args.free_sampler else plan["sampler"])
+    estimate = plan["gathered"] + plan["activations"] + plan["logits"]
+    plan["exact"] = always + max(update, plan["sampler"])
+    plan["total"] = always + max(update + estimate, plan["sampler"] + plan["kv cache"])
+    return plan
 
 
-def summarise(run):
-    """Exports the model and says what came of the run, and where everything lies."""
-    export(run, "model", run.args.export_dtype)
-    if len(found := run.state.evaluations) > 1:
-        step, best = max(found, key=lambda line: line[1])
-        say(f"held-out mean@{run.args.eval_samples}: {found[0][1]:.1%} before, {found[-1][1]:.1%} after {found[-1][0]} "
-            f"steps; the best of all evaluations, {best:.1%}, was at step {step}")  # fmt: skip
-    say(f"run     {run.directory}: metrics.jsonl eval.jsonl groups.jsonl samples.txt run.json checkpoints/ model/")
+def numbers_per_token(config, args):
+    """How many numbers autograd keeps for each token that the model runs."""
+    size = config.hidden_size
+    heads = config.num_attention_heads * config.head_dim
+    kv_heads = config.num_key_value_heads * config.head_dim
+    # Inputs of two norms, of q/k/v, of o_proj and of gate/up; gate, silu(gate), up, their product.
+    in_layer = 4 * size + heads + 4 * config.intermediate_size
+    # q, k, v and the result of attention: once for every row that shares the token's prompt.
+    packed = args.max_prompt_tokens + args.group_size * args.max_new_tokens
+    padded = args.group_size * (args.max_prompt_tokens + args.max_new_tokens)
+    in_layer += 2 * (heads + kv_heads) * padded / packed
+    if args.activation_checkpointing:
+        return config.num_hidden_layers * size + in_layer
+    return config.num_hidden_layers * in_layer
+
+
+def print_plan(args):
+    """--plan: the memory that these flags need."""
+    directory = model_directory(args.model or TINY_MODEL)
+    config = Config.parse(json.loads((directory / "config.json").read_text()))
+    plan = memory_plan(config, args, args.plan)
+    print(
+        f"GiB on each of {args.plan} ranks, {args.dtype}, {directory}; exact and total: at the "
+        "fullest moment"
+    )
+    print("  ".join(f"{name:>{max(len(name), 7)}}" for name in plan))
+    print("  ".join(f"{value:>{max(len(name), 7)}.2f}" for name, value in plan.items()))
+
+
+def check_memory(config, args):
+    """Refuse what cannot fit; warn of what may not, since the estimates are rough."""
+    plan = memory_plan(config, args, world_size())
+    there, free = device_memory(args.device)
+    see = f"--plan {world_size()} shows what for"
+    require(
+        plan["exact"] <= there,
+        f"weights, gradients and optimiser need {plan['exact']:.1f} GiB on each rank, which has "
+        f"{there:.1f}: use more ranks, --cpu-offload or a smaller model; {see}",
+    )
+    if plan["total"] > 0.9 * free:
+        print0(
+            f"WARNING a rank may need {plan['total']:.1f} GiB at its fullest, and {free:.1f} are "
+            "free: if it runs out, use --activation-checkpointing, --free-sampler, or a smaller "
+            f"--micro-tokens or --rollout-batch; {see}"
+        )
+
+
+def device_memory(device):
+    """GiB of a rank's device: (all, free). A machine's own memory is shared by its ranks."""
+    if device == "cuda":
+        free, there = torch.cuda.mem_get_info()
+        return there / 2**30, free / 2**30
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    there /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return there, there
+
+
+# ------------------------------------------------------------------------------------------ Flags
+
+# Sizes of a run. The demonstration (no --model) fits two cores and a few minutes.
+DEMO_SIZES = {
+    "data": str(HERE / "data/arithmetic_train.jsonl"),
+    "eval_data": str(HERE / "data/arithmetic_test.jsonl"),
+    "instruction": "",
+    "max_prompt_tokens": 64,
+    "max_new_tokens": 64,
+    "steps": 60,
+    "prompts_per_step": 40,
+    "group_size": 6,
+    "minibatch_prompts": 40,
+    "rollout_batch": 0,
+    "micro_tokens": 2048,
+    "lr": 2e-4,
+    "beta2": 0.95,
+    "warmup_updates": 0,
+    "sft_steps": 500,
+    "sft_batch": 64,
+    "sft_lr": 3e-3,
+    "eval_every": 20,
+    "save_every": 20,
+}
+# With --model they are those of the paper's runs.
+PAPER_SIZES = {
+    "instruction": INSTRUCTION,
+    "max_prompt_tokens": 1024,
+    "max_new_tokens": 2048,
+    "steps": 60,
+    "prompts_per_step": 512,
+    "group_size": 6,
+    "minibatch_prompts": 32,
+    "rollout_batch": 256,
+    "micro_tokens": 4096,
+    "lr": 1e-6,
+    "beta2": 0.999,
+    "warmup_updates": 0,
+    "sft_steps": 0,
+    "sft_batch": 128,
+    "sft_lr": 1e-5,
+    "eval_every": 10,
+    "save_every": 10,
+}
+# Where, how long, how often, how fast: a resumed run may change these without a word.
+MAY_CHANGE_ON_RESUME = {
+    "run_dir",
+    "resume",
+    "steps",
+    "eval_every",
+    "save_every",
+    "keep",
+    "export_every",
+    "device",
+    "micro_tokens",
+    "rollout_batch",
+    "verifier_workers",
+    "timeout",
+    "activation_checkpointing",
+    "cpu_offload",
+    "free_sampler",
+    "compile",
+    "plan",
+}
+# What its checkpoints were made with. Other flags may change, with a warning.
+MUST_MATCH_ON_RESUME = ("model", "seed", "dtype", "sft_steps", "sft_batch", "sft_lr")
+
+
+def build_parser():
+    """All flags. What has no default here gets one from the preset or from the set of sizes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # argparse would print the usage of all flags above its message.
+    parser.error = functools.partial(require, False)
+    yes_no = argparse.BooleanOptionalAction
+    whole = number_in(int, "[0, 1e18]")
+    count = number_in(int, "[1, inf)")
+    at_least_two = number_in(int, "[2, inf)")
+    not_negative = number_in(float, "[0, inf)")
+    positive = number_in(float, "(0, inf)")
+    decay = number_in(float, "[0, 1)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="Hugging Face directory or Hub id (default: data/tiny, random weights)")
+    add(
+        "--dtype", choices=DTYPES, default="float32", help="compute type; masters are float32 or 64"
+    )
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: cuda if there is one",
+    )
+    add("--system", help="system message of the chat template (default: the template's own)")
+    add("--instruction", help="text after every problem")
+    add("--stop", action="append", default=[], metavar="TOKEN", help="ends a response; repeatable")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="problems: JSONL or parquet, a local file or hf://datasets/OWNER/NAME/FILE")
+    add("--eval-data", help="held-out problems, likewise (without: no evaluation)")
+    add(
+        "--problem-field",
+        help="field of the problem, a dot for one within another (default: known)",
+    )
+    add("--answer-field", help="field of the answer; the held-out file may also have a known shape")
+    add("--data-fraction", type=number_in(float, "(0, 1]"), help="part of the problems, by --seed")
+    add("--max-prompt-tokens", type=count, help="problems with longer prompts are dropped")
+    add = parser.add_argument_group("rollout").add_argument
+    add("--prompts-per-step", type=at_least_two, help="P, prompts sampled in a step")
+    add("--group-size", type=at_least_two, help="G, responses to each prompt")
+    add("--max-new-tokens", type=count, help="response limit, in tokens")
+    add("--temperature", type=positive, default=1.0, help="of sampling and of scoring alike")
+    add("--rollout-batch", type=whole, help="rows that a rank samples at the same time (0 = all)")
+    add("--max-rounds", type=count, default=4, help="rounds of dynamic sampling in a step")
+    add = parser.add_argument_group("grading").add_argument
+    add("--reward", metavar="FILE.py:FUNCTION", help="your own grader, called like reward.grade")
+    add("--verifier-workers", type=count, default=2, help="processes that grade responses")
+    add("--verifier-timeout", type=positive, default=10.0, help="last resort for one, in seconds")
+    add("--verifier-memory", type=number_in(int, "[64, inf)"), default=1024, help="of each, in MiB")
+    add_algorithm_flags(parser)
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--minibatch-prompts", type=count, help="prompts of one optimiser update; divides P")
+    add("--micro-tokens", type=count, help="tokens of one forward pass, at least one response's")
+    add(
+        "--old-logprobs",
+        choices=["recompute", "sampler"],
+        help="those of a step's later updates: from a forward pass before them, or as sampled "
+        "(default: sampler, but recompute in bfloat16)",
+    )
+    add("--lr", type=positive, help="learning rate of AdamW")
+    add("--warmup-updates", type=whole, help="updates over which it rises to --lr (0 = disabled)")
+    add("--beta1", type=decay, default=0.9, help="AdamW's decay of the gradient's mean")
+    add("--beta2", type=decay, help="AdamW's decay of the gradient's square")
+    add("--weight-decay", type=not_negative, default=0.01, help="on matrices only (0 = disabled)")
+    add("--max-grad-norm", type=not_negative, default=1.0, help="gradient clipping (0 = disabled)")
+    add = parser.add_argument_group("supervised warm start, on the data's solutions").add_argument
+    add("--sft-steps", type=whole, help="updates before reinforcement learning (0 = disabled)")
+    add("--sft-batch", type=count, help="solutions in one update")
+    add("--sft-lr", type=positive, help="peak; rises over 5 %% of the steps, then falls to 5 %%")
+    add = parser.add_argument_group("run").add_argument
+    add("--steps", type=whole, help="steps of reinforcement learning, with those before a resume")
+    add("--seed", type=whole, default=0, help="of data order, updates, noise and random weights")
+    add("--run-dir", help="directory of the run (default: runs/ALGO-DATE-TIME)")
+    add(
+        "--resume",
+        metavar="latest|DIR",
+        help="go on from --run-dir's newest checkpoint, or from this one, with the flags of the "
+        "run, except those given again",
+    )
+    add("--eval-every", type=whole, help="steps between evaluations (0 = only before and after)")
+    add("--eval-samples", type=count, default=8, help="k, responses to each held-out problem")
+    add("--eval-problems", type=whole, default=0, help="first held-out problems to use (0 = all)")
+    add("--eval-temperature", type=not_negative, default=1.0, help="0 = greedy")
+    add("--save-every", type=whole, help="steps between checkpoints (0 = only at the end)")
+    add("--keep", type=count, default=2, help="newest checkpoints to keep")
+    add("--export-every", type=whole, default=0, help="steps between exports (0 = only at the end)")
+    add("--export-dtype", choices=DTYPES, help="of exported weights (default: the source's)")
+    add = parser.add_argument_group("ranks and memory").add_argument
+    add("--timeout", type=positive, default=600.0, help="seconds that a rank waits for another")
+    add(
+        "--activation-checkpointing", action=yes_no, default=False, help="recompute layers backward"
+    )
+    add("--cpu-offload", action=yes_no, default=False, help="masters and optimiser in host memory")
+    add("--free-sampler", action=yes_no, default=False, help="drop the sampling copy for updates")
+    add("--compile", metavar="BACKEND", help="torch.compile for the layers, such as inductor")
+    add("--plan", type=count, metavar="RANKS", help="print the memory of each rank, and exit")
+    return parser
+
+
+def add_algorithm_flags(parser):
+    """A flag for each field of copo.Algorithm; choices are the tables of copo.py themselves."""
+    add = parser.add_argument_group("algorithm (defaults: the preset's)").add_argument
+    add("--algo", choices=copo.PRESETS, default="copo", help="preset of all flags in this group")
+    for option in dataclasses.fields(copo.Algorithm):
+        explanation = option.metadata["help"]
+        if option.type is bool:
+            add(flag(option.name), action=argparse.BooleanOptionalAction, help=explanation)
+        elif option.metadata["interval"]:
+            number = number_in(option.type, option.metadata["interval"])
+            add(flag(option.name), type=number, help=explanation)
+        else:
+            add(flag(option.name), choices=option.metadata["choices"], help=explanation)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def algorithm_of(args):
+    """The flags of copo.Algorithm's fields -> Algorithm."""
+    names = [option.name for option in dataclasses.fields(copo.Algorithm)]
+    return copo.Algorithm(**{name: getattr(args, name) for name in names})
+
+
+def parse_args(argv):
+    """All flags: defaults, then sizes, preset, the resumed run's, and the command line on top."""
+    parser = build_parser()
+    defaults = vars(parser.parse_args([]))
+    # Started from None everywhere, what is set afterwards was on the command line.
+    unset = argparse.Namespace(**dict.fromkeys(defaults))
+    cli_args = vars(parser.parse_args(argv, unset))
+    cli_args = {name: value for name, value in cli_args.items() if value is not None}
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        resume_after_restart(cli_args)
+    resumed = resumed_flags(cli_args) if "resume" in cli_args else {}
+    model = (resumed | cli_args).get("model")
+    values = defaults | (PAPER_SIZES if model else DEMO_SIZES)
+    values |= dataclasses.asdict(copo.PRESETS[defaults["algo"]])
+    values |= resumed
+    if "algo" in cli_args:
+        values |= dataclasses.asdict(copo.PRESETS[cli_args["algo"]])
+    args = argparse.Namespace(**(values | cli_args))
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() or args.plan else "cpu"
+    if not args.old_logprobs:
+        args.old_logprobs = "recompute" if args.dtype == "bfloat16" else "sampler"
+    check_flags(args)
+    check_idle_flags(args, cli_args)
+    if not args.resume:
+        name = f"{args.algo}-{datetime.now():%Y%m%d-%H%M%S}{torchrun_suffix()}"
+        args.run_dir = args.run_dir or f"runs/{name}"
+        check_run_dir(Path(args.run_dir))
+    return args
+
+
+def check_run_dir(directory):
+    """A new run needs a directory of its own. run.tmp is left by one killed before run.json."""
+    unused = not directory.exists()
+    if directory.is_dir():
+        unused = {path.name for path in directory.iterdir()} <= {"run.tmp"}
+    require(
+        unused,
+        f"--run-dir {directory} is in use: choose another, or --resume latest to go on with it",
+    )
+
+
+def torchrun_suffix():
+    """What torchrun's workers add to a run's name, to find it again when torchrun restarts them."""
+    return f"-p{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
+def resume_after_restart(cli_args):
+    """After a restart by torchrun: go on with the run that the killed workers began, if any."""
+    run_dirs = sorted(Path("runs").glob(f"*{torchrun_suffix()}"))
+    if cli_args.get("resume", "latest") != "latest":  # a checkpoint's path, which names the run too
+        run_dirs = [Path(cli_args["resume"]).resolve().parent.parent]
+    cli_args.setdefault("run_dir", str(run_dirs[-1]) if run_dirs else None)
+    cli_args.pop("resume", None)
+    if cli_args["run_dir"] and (Path(cli_args["run_dir"]) / "run.json").is_file():
+        cli_args["resume"] = "latest"
+
+
+def resumed_flags(cli_args):
+    """The flags of the run that --resume names. Refuses changes that its checkpoints forbid."""
+    checkpoint = cli_args["resume"]
+    run_dir = cli_args.get("run_dir")
+    if checkpoint != "latest":
+        found = (Path(checkpoint) / "state.json").is_file()
+        require(found, f"--resume {checkpoint}: no checkpoint there")
+        home = Path(checkpoint).resolve().parent.parent
+        run_dir = run_dir or str(home)
+        same = Path(run_dir).resolve() == home
+        require(same, f"--resume {checkpoint} is of another run than --run-dir {run_dir}")
+    require(run_dir, "--resume latest needs --run-dir, the run to go on with")
+    path = Path(run_dir) / "run.json"
+    require(path.is_file(), f"--run-dir {run_dir}: no run there to resume")
+    run_info = json.loads(path.read_text())
+    require(
+        run_info.get("format") == FORMAT,
+        f"--run-dir {run_dir} was made by older code: go on with it at commit "
+        f"{LAST_COMMIT_OF_FORMAT_1}",
+    )
+    flags = run_info["flags"]
+    for name in MUST_MATCH_ON_RESUME:
+        require(
+            cli_args.get(name, flags[name]) == flags[name],
+            f"{flag(name)} was {flags[name]} when the run began and cannot change on --resume",
+        )
+    no_reference = flags["sft_steps"] and not flags["kl_coef"]
+    require(
+        not (no_reference and cli_args.get("kl_coef")),
+        "--kl-coef was 0 when the run began, which therefore kept no reference model: it cannot "
+        "change on --resume",
+    )
+    return flags | {"run_dir": run_dir, "device": "auto"}
+
+
+def has_global_term(blend):
+    return blend.uses_entropy or blend.gate is not copo.every_response
+
+
+def check_flags(args):
+    """Refuse flags that cannot work together."""
+    compilers = torch.compiler.list_backends(exclude_tags=())
+    global_term = has_global_term(copo.BLENDS[args.blend])
+    require(
+        args.dual_clip == 0 or args.dual_clip > 1,
+        f"--dual-clip is {args.dual_clip}; it must be above 1, or 0",
+    )
+    require(args.data or args.plan, "--model needs --data, a file of problems")
+    require(
+        bool(args.problem_field) == bool(args.answer_field),
+        "--problem-field and --answer-field belong together",
+    )
+    require(
+        args.prompts_per_step % args.minibatch_prompts == 0,
+        f"--minibatch-prompts {args.minibatch_prompts} does not divide --prompts-per-step "
+        f"{args.prompts_per_step}",
+    )
+    require(
+        args.overlong_buffer < 1 or args.overlong_buffer <= args.max_new_tokens,
+        f"--overlong-buffer {args.overlong_buffer:g} is more than --max-new-tokens "
+        f"{args.max_new_tokens}",
+    )
+    require(
+        not (args.dynamic_sampling and global_term),
+        f"--dynamic-sampling drops the groups that --blend {args.blend} has its global term for; "
+        "use --blend local",
+    )
+    require(
+        not args.compile or args.compile in compilers,
+        f"--compile {args.compile}: no such backend of torch.compile",
+    )
+    require(
+        args.device == "cpu" or args.plan or torch.cuda.is_available(),
+        "--device cuda: PyTorch sees no such device",
+    )
+
+
+def check_idle_flags(args, cli_args):
+    """Refuse flags of the command line that change nothing: a mistake in an ablation."""
+    blend = copo.BLENDS[args.blend]
+    full_precision = "one process in full precision samples with what it trains"
+    evaluation = "eval_every eval_samples eval_problems eval_temperature"
+    # (this holds, why the flags have no effect then, those flags)
+    cases = [
+        (
+            not has_global_term(blend),
+            f"--blend {args.blend} has no global term",
+            "global_coef consistency_coef",
+        ),
+        (
+            blend.gate is copo.no_response,
+            f"--blend {args.blend} has no local term",
+            "advantage",
+        ),
+        (
+            not blend.uses_entropy,
+            f"--blend {args.blend} does not look at the entropy",
+            "gamma rho",
+        ),
+        (args.kl_coef == 0, "--kl-coef is 0", "kl_estimator"),
+        (args.overlong_factor == 0, "--overlong-factor is 0", "overlong_buffer"),
+        (not args.dynamic_sampling, "--dynamic-sampling is off", "max_rounds"),
+        (args.sft_steps == 0, "--sft-steps is 0", "sft_lr sft_batch"),
+        (not is_sharded(args, args.plan), full_precision, "free_sampler"),
+        (not args.eval_data, "there is no --eval-data", evaluation),
+    ]
+    for holds, reason, names in cases:
+        for name in names.split():
+            require(not (holds and name in cli_args), f"{flag(name)} has no effect: {reason}")
+
+
+# ------------------------------------------------------------------------------------------- Main
+
+
+def run_until_end(run):
+    """Train, and record in run.json how the run ends -> what to exit with: None, a line or a code.
+
+    Signals, full disks and updates that are not finite end in one line that says how to go on.
+    """
+    resume = f"--run-dir {run.directory} --resume latest"
+    loaded = False  # until then, what run.json says of the last ending stays
+    try:
+        load_state(run)
+        loaded = True
+        train(run)
+        record_ending(run, "finished")
+        return None
+    except Interrupted:
+        name = run.stop.on_any_rank()
+        path = save_checkpoint(run)
+        record_ending(run, "stopped", name)
+        print0(f"stopped by {name}; saved {path}. To go on: python train.py {resume}")
+        return None
+    except KeyboardInterrupt:
+        record_ending(run, "stopped")
+        print(
+            f"train.py: stopped at once; {resume} goes back to the last checkpoint", file=sys.stderr
+        )
+        return 130
+    except Exception as error:
+        line = " ".join(str(error).split())
+        if loaded:
+            record_ending(run, "failed", f"{type(error).__name__}: {line}")
+        if isinstance(error, OSError) or "not finite" in line:
+            return (
+                f"train.py: after step {run.state.step}: {line}; {resume} goes back to the last "
+                "checkpoint"
+            )
+        if world_size() == 1:
+            raise
+        return f"train.py: rank {rank()}: {traceback.format_exc()}"
+
+
+def record_ending(run, how, why=""):
+    if run.run_info:
+        with contextlib.suppress(OSError):  # a full disk, for one, of which the run may have failed
+            write_run_info(run, ended={"how": how, "step": run.state.step, "why": why})
 
 
 def main(argv=None):
@@ -1393,50 +2050,26 @@ def main(argv=None):
         args = parse_args(argv)
         if args.plan:
             return print_plan(args)
-        join_ranks(args.device, args.timeout)
-        args = gather(args)[0]  # torchrun's workers on several machines may see different things; rank 0's count
-        run = together(lambda: prepare(args))
-        together(lambda: claim(run))
+        init_distributed(args.device, args.timeout)
+        # torchrun's workers on several machines may see different things: rank 0's flags count.
+        args = all_gather(args)[0]
+        run = on_all_ranks(lambda: setup(args))
+        on_all_ranks(lambda: create_run_dir(run))
     except (ValueError, OSError) as error:
-        evaluation.refuse("train.py", error)
-    run.clock, run.stop = Clock(args.device), Stop()
-    run.verifier = Verifier(args.verifier_workers, timeout=args.verifier_timeout, memory_mb=args.verifier_memory)
-    go_on = f"--run-dir {run.directory} --resume latest"
-    ending, how, why = 0, "", ""  # ending: or a message, which goes to stderr with exit code 1
+        exit_with_error("train.py", error)
+    run.stop = StopSignal()
     try:
-        start(run)
-        how = "failed"  # unless it comes to another end
-        train(run)
-        how = "finished"
-    except Interrupted:
-        path = save_checkpoint(run)
-        how, why = "stopped", run.stop.signal
-        say(f"stopped by {run.stop.signal}; saved {path}. To go on: python train.py {go_on}")
-    except KeyboardInterrupt:
-        print(f"train.py: stopped at once; {go_on} goes back to the last checkpoint", file=sys.stderr)
-        ending, how = 130, "stopped"
-    except Exception as error:
-        said = " ".join(str(error).split())
-        why = f"{type(error).__name__}: {said}"
-        if isinstance(error, OSError) or "not finite" in said:
-            ending = f"train.py: after step {run.state.step}: {said}; {go_on} goes back to the last checkpoint"
-        elif world() == 1:
-            raise
-        else:
-            ending = f"train.py: rank {rank()}: {traceback.format_exc()}"
+        message = run_until_end(run)
     finally:
-        if how and run.about:
-            with contextlib.suppress(OSError):  # such as a full disk, of which the run may have failed
-                write_about(run, ended={"how": how, "step": run.state.step, "why": why})
         run.verifier.close()
         run.stop.restore()
-    if ending and world() > 1:
-        # Leaving in order would wait for peers that wait for this rank; torchrun ends them once it is gone.
-        print(ending, file=sys.stderr, flush=True)
+    if message and world_size() > 1:
+        # Leaving in order would wait for peers that wait for this rank: torchrun ends them.
+        print(message, file=sys.stderr, flush=True)
         os._exit(1)
-    leave_ranks()
-    if ending:
-        raise SystemExit(ending)
+    shutdown_distributed()
+    if message:
+        raise SystemExit(message)
 
 
 if __name__ == "__main__":
