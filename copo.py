@@ -60,7 +60,7 @@ def overlong_penalty(lengths, max_tokens, buffer, factor):
 # --------------------------------------------------------------- local advantages: within a group
 
 
-def normalise(values, scale):
+def standardise(values, scale):
     """Each row minus its mean and, if scale, over its sample standard deviation: (N,K) -> (N,K).
 
     A row is exactly 0 if its values are all equal or if it has one element. Otherwise the division
@@ -80,19 +80,19 @@ def normalise(values, scale):
 
 def group_advantage(rewards, correct, scale):
     # A^l_ij = (r_ij − mean_j r_ij) / (std_j r_ij + 1e-6)          (GRPO, arXiv 2402.03300, 4.1.2)
-    return normalise(rewards, scale)
+    return standardise(rewards, scale)
 
 
 def batch_advantage(rewards, correct, scale):
     # A^l_ij = (r_ij − mean r) / (std r + 1e-6), over all B rewards    (REINFORCE with a baseline)
-    return normalise(rewards.reshape(1, -1), scale).reshape(rewards.shape)
+    return standardise(rewards.reshape(1, -1), scale).reshape(rewards.shape)
 
 
 def ngrpo_advantage(rewards, correct, scale):
     # As group, over r_i1 .. r_iG and a virtual reward of 1, so that
     # A^l_ij = −1/√(G+1) in a group that is all wrong                    (NGRPO, arXiv 2509.18851)
     virtual = torch.ones_like(rewards[:, :1])
-    return normalise(torch.cat([rewards, virtual], dim=1), scale)[:, :-1]
+    return standardise(torch.cat([rewards, virtual], dim=1), scale)[:, :-1]
 
 
 # Each function takes rewards (P,G), correct (P,G) and scale, and returns A^l (P,G). To add one,
@@ -130,7 +130,7 @@ def global_rewards(correct, entropy, consistency_coef=False):
 def global_advantages(global_rewards, scale=True):
     """Advantage of each prompt over all prompts of the step: R (P,) -> A^g (P,) float64."""
     # A^g_i = (R_i − mean_i R_i) / (std_i R_i + 1e-6)                    (paper, global advantage)
-    return normalise(global_rewards[None, :], scale)[0]
+    return standardise(global_rewards[None, :], scale)[0]
 
 
 # -------------------------------------------------------------- the weight between the two losses
