@@ -214,12 +214,12 @@ def run_statistics(run, steps):
     }
     metrics = [line for line in run.metrics if line["step"] <= steps[-1]]
     if metrics:
+        statistics["tokens sampled"] = metrics[-1]["tokens"]
+        statistics["seconds"] = sum(line["seconds"] for line in metrics)
         # Groups that dynamic sampling dropped had equal verdicts too.
         equal = [line.get("equal_groups_drawn", 1 - line["mixed"]) for line in metrics]
         no_gradient = [line["zero_gradient_groups"] for line in metrics]
         pushed_up = [line["wrong_pushed_up"] for line in metrics]
-        statistics["tokens sampled"] = metrics[-1]["tokens"]
-        statistics["seconds"] = sum(line["seconds"] for line in metrics)
         statistics["groups of equal verdicts"] = np.mean(equal)
         statistics["groups without gradient"] = np.mean(no_gradient)
         statistics["wrong responses pushed up"] = np.mean(pushed_up)
