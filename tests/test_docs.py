@@ -12,6 +12,7 @@ cannot be run here. Those are not run, but their flags must be known. Commands t
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
@@ -259,27 +260,38 @@ def test_the_readme_is_short():
 
 
 def test_the_loop_is_quoted_from_train():
-    """The README shows the loop as it is, line for line."""
+    """The README shows the loop as it is, line for line; a line of three dots leaves some out."""
     loops = [body for language, body in blocks(README.read_text()) if "while True" in body]
     assert len(loops) == 1
-    assert textwrap.indent(loops[0], "    ") in (HERE / "train.py").read_text()
+    rest = inspect.getsource(train.train)
+    for part in re.split(r"^ *\.\.\.\n", loops[0], flags=re.M):
+        quoted = textwrap.indent(part, "    ")
+        assert quoted in rest, part
+        rest = rest.partition(quoted)[2]
 
 
 def test_the_readmes_reward_trains(copy, monkeypatch):
-    """The example of a reward of one's own is run by the real workers, in a run of a tiny model."""
+    """The example of a reward of one's own pays for the format, and the real workers run it: with
+    its bonus paid to every response, since the tiny model cannot write a box."""
     bodies = [body for language, body in blocks(README.read_text()) if "def grade" in body]
     assert len(bodies) == 1
+    example = {}
+    exec(bodies[0], example)
+    grades = [example["grade"](text, "2") for text in (r"\boxed{2}", r"\boxed{3}", "2", "3")]
+    assert [round(grade.reward, 9) for grade in grades] == [1.1, 0.1, 1.0, 0.0]
+    assert [grade.correct for grade in grades] == [True, False, True, False]
+
     monkeypatch.chdir(copy)
-    Path("format.py").write_text(bodies[0])
-    runs = tiny_runs.Runs(copy.parent / "format")
+    Path("format.py").write_text(bodies[0].replace("0.0", "0.1"))
+    folder = copy.parent / "format"
+    folder.mkdir()
+    runs = tiny_runs.Runs(folder)
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(runs.argv({"reward": "format.py:grade"}, run_dir="runs/format", steps=1))
-    rewards = set()
-    for line in tiny_runs.lines("runs/format/groups.jsonl"):
-        for correct, reward in zip(line["correct"], line["reward"]):
-            assert reward >= correct
-            rewards.add(reward)
-    assert len(rewards) > 1
+    groups = tiny_runs.lines("runs/format/groups.jsonl")
+    assert groups
+    for line in groups:
+        assert line["reward"] == pytest.approx([correct + 0.1 for correct in line["correct"]])
 
 
 def table_names(section):
@@ -299,9 +311,7 @@ def phases(name):
 
 
 def test_metrics_page_names_what_runs_log(tmp_path, monkeypatch):
-    """Runs that between them switch on everything that is logged; and nothing else is on the page.
-
-    (peak memory, seconds and the rest too.)"""
+    """Runs that between them switch on everything that is logged; nothing else is on the page."""
     monkeypatch.setattr(train, "Verifier", tiny_runs.Judge)
     runs = tiny_runs.Runs(tmp_path)
     with contextlib.redirect_stdout(io.StringIO()):
