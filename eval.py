@@ -203,7 +203,7 @@ def select_problems(args):
 
 
 def evaluate(args):
-    """Sample and grade k responses to each problem, then print and write what they come to."""
+    """Sample and grade k responses to each problem; print the metrics, write the responses."""
     problems, dropped = select_problems(args)
     model, tokenizer, stop_ids = load_model(
         args.model, args.dtype, args.device, args.stop, seed=args.seed
@@ -244,13 +244,13 @@ def evaluate(args):
 def print_settings(args, num_problems, dropped):
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     reasons = [f", {count} dropped ({reason})" for reason, count in sorted(dropped.items())]
-    how = f"{args.k} samples each at temperature {args.temperature:g}, "
-    how += f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}"
-    if args.greedy:
-        how = "one greedy response each"
+    sampling = "one greedy response each"
+    if not args.greedy:
+        shape = f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}"
+        sampling = f"{args.k} samples each at {shape}, seed {args.seed}"
     print0(f"model     {args.model}, {args.dtype} on {args.device}{ranks}")
     print0(f"data      {args.data}: {num_problems} problems{''.join(reasons)}")
-    print0(f"sampling  {how}, at most {args.max_new_tokens} tokens")
+    print0(f"sampling  {sampling}, at most {args.max_new_tokens} tokens")
     if args.reward:
         print0(f"reward    {args.reward}")
 
