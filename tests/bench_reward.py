@@ -1,6 +1,8 @@
-"""The checker beside math-verify on labelled pairs, one process, in turn: checks a second, worst case, right verdicts.
+"""The checker beside math-verify on labelled pairs, one process, in turn: checks a second, worst
+case, correct verdicts.
 
-    pip install -r tests/requirements-bench.txt && python tests/bench_reward.py ../shared/checker/dev.jsonl
+    pip install -r tests/requirements-bench.txt
+    python tests/bench_reward.py ../shared/checker/dev.jsonl
 """
 
 import json
@@ -16,8 +18,10 @@ import reward
 
 
 def theirs(response: str, reference: str) -> bool:
-    """As verl calls it: the reference boxed, both extractors for it, the default ones for the response."""
-    gold = parse(f"\\boxed{{{reference}}}", extraction_config=(LatexExtractionConfig(), ExprExtractionConfig()))
+    """As verl calls it: the reference boxed, both extractors for it, the default ones for the
+    response."""
+    configs = (LatexExtractionConfig(), ExprExtractionConfig())
+    gold = parse(f"\\boxed{{{reference}}}", extraction_config=configs)
     return verify(gold, parse(response))
 
 
@@ -25,21 +29,31 @@ def ours(response: str, reference: str) -> bool:
     return reward.score(response, reference) > 0
 
 
+def response_of(row: dict) -> str:
+    """A bare answer is boxed, as a policy would write it."""
+    return f"\\boxed{{{row['pred'].strip(' $')}}}" if row["form"] == "bare" else row["pred"]
+
+
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    cases = [(f"\\boxed{{{row['pred'].strip(' $')}}}" if row["form"] == "bare" else row["pred"], row) for row in rows]
     rates = {}
     for name, check in (("ours", ours), ("math-verify", theirs)):
         check(r"\boxed{\frac{1}{2}}", "1/2")
-        seconds, right = [], 0
-        for response, row in cases:
+        seconds = []
+        correct = 0
+        for row in rows:
+            response = response_of(row)
             start = time.perf_counter()
-            right += check(response, row["gold"]) == row["expect"]
+            verdict = check(response, row["gold"])
             seconds.append(time.perf_counter() - start)
+            correct += verdict == row["expect"]
         rates[name] = len(seconds) / sum(seconds)
-        print(f"{name:12} {rates[name]:7.0f} checks/s, median {1e3 * statistics.median(seconds):.2f} ms, "
-              f"worst {1e3 * max(seconds):.0f} ms, right {right / len(cases):.1%}")  # fmt: skip
+        print(
+            f"{name:12} {rates[name]:7.0f} checks/s, "
+            f"median {1e3 * statistics.median(seconds):.2f} ms, "
+            f"worst {1e3 * max(seconds):.0f} ms, correct {correct / len(rows):.1%}"
+        )
     print(f"{rates['ours'] / rates['math-verify']:.1f} times as fast")
 
 

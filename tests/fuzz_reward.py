@@ -1,8 +1,10 @@
-"""Random answers against the checker, outside the suite: token soup, and mutations of ordinary answers.
+"""Random answers against the checker, outside the suite: token soup, and mutations of ordinary
+answers.
 
-    python tests/fuzz_reward.py --minutes 10 --seed 0      # cases run, the slowest of them, and any exception
+    python tests/fuzz_reward.py --minutes 10 --seed 0    # cases, the slowest, and any exception
 
-Guards against: an exception other than the parser's own, a hang, and an answer that is not equal to itself.
+Guards against: an exception other than the parser's own, a hang, and an answer that is not equal to
+itself.
 """
 
 import argparse
@@ -16,42 +18,61 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reward
 
 TOKENS = str.split(r"""
-0 1 2 7 10 99 3.14 .5 1e5 1,000 x y a n e i \pi \theta x_1 f(x) f( ( ) [ ] { } \{ \} | + - * / ^ _ ! % : = < > , ; . &
-\le \ge \ne \in \pm \mp \cdot \times \div \\ $ $$ \( \) \[ \] \frac \dfrac12 \sqrt \sqrt[3] \binom \log \log_2 \ln
-\sin \sin^2 \tan \arcsin \exp \lfloor \rfloor \lceil \rceil \left \right \cup \setminus \mathbb{R} \emptyset \infty
-\circ ^\circ \sum_{k=1}^{3} \prod_{k=1}^{ \overline{3} \text{ \text{cm} cm dollars million and or yes (A) \begin{
-\begin{pmatrix} \end{pmatrix} \boxed{ \boxed{7} Answer: answer final is the <answer> </answer> #### ** <think> </think>
-\n\n ′ ½ ² π √ ∞ ≤ − １ \ud800 \x00""")
-ORDINARY = str.split(r"""
-1/2;\frac{1}{2};3\frac12;-1,234.5;0.1\overline{6};x^2+2x+1;(x+1)^2;\sin^2 x+\cos^2 x;\sqrt[3]{-8};\sqrt{x^2};|x-1|;\$5;
-$0.50;\{1,2,3\};(1,2];(-\infty,1)\cup(2,\infty);x\le 3;1<x\le 2;x=1 \text{ or } x=2;\frac{1\pm\sqrt2}{2};52_8;33.5\%;
-\begin{pmatrix}1&2\\3&4\end{pmatrix};5\text{ cm}^2;50 cents;\binom{2n}{n};n!/(n-1)!;\log_2 8;\lfloor n/2\rfloor;
-\sum_{k=1}^{10} k^2;f(x)=x^2;y=2x+1;2\pi r;e^{i\theta};90^\circ;\text{Yes};(C) 15;P(X=2)=\frac14;x\ne 1;2 million;
-\mathbb{R}\setminus\{1\};1.5 \times 10^3;\frac{x^2-1}{x-1};\ln|x|+C""".replace("\n", ""), ";")
-WRAPS = ("{}", r"so \boxed{{{}}}.", "Answer: {}", "the answer is **{}**", "#### {}", "${}$", "<answer>{}</answer>")
+0 1 2 7 10 99 3.14 .5 1e5 1,000 x y a n e i \pi \theta x_1 f(x) f( ( ) [ ] { } \{ \} | + - * / ^ _
+! % : = < > , ; . & \le \ge \ne \in \pm \mp \cdot \times \div \\ $ $$ \( \) \[ \] \frac \dfrac12
+\sqrt \sqrt[3] \binom \log \log_2 \ln \sin \sin^2 \tan \arcsin \exp \lfloor \rfloor \lceil \rceil
+\left \right \cup \setminus \mathbb{R} \emptyset \infty \circ ^\circ \sum_{k=1}^{3} \prod_{k=1}^{
+\overline{3} \text{ \text{cm} cm dollars million and or yes (A) \begin{ \begin{pmatrix}
+\end{pmatrix} \boxed{ \boxed{7} Answer: answer final is the <answer> </answer> #### ** <think>
+</think> \n\n ′ ½ ² π √ ∞ ≤ − １ \ud800 \x00""")
+ORDINARY = r"""
+1/2;\frac{1}{2};3\frac12;-1,234.5;0.1\overline{6};x^2+2x+1;(x+1)^2;\sin^2 x+\cos^2 x;\sqrt[3]{-8};
+\sqrt{x^2};|x-1|;\$5;$0.50;\{1,2,3\};(1,2];(-\infty,1)\cup(2,\infty);x\le 3;1<x\le 2;
+x=1 \text{ or } x=2;\frac{1\pm\sqrt2}{2};52_8;33.5\%;\begin{pmatrix}1&2\\3&4\end{pmatrix};
+5\text{ cm}^2;50 cents;\binom{2n}{n};n!/(n-1)!;\log_2 8;\lfloor n/2\rfloor;\sum_{k=1}^{10} k^2;
+f(x)=x^2;y=2x+1;2\pi r;e^{i\theta};90^\circ;\text{Yes};(C) 15;P(X=2)=\frac14;x\ne 1;2 million;
+\mathbb{R}\setminus\{1\};1.5 \times 10^3;\frac{x^2-1}{x-1};\ln|x|+C
+""".replace("\n", "").split(";")
+WRAPS = (
+    "{}",
+    r"so \boxed{{{}}}.",
+    "Answer: {}",
+    "the answer is **{}**",
+    "#### {}",
+    "${}$",
+    "<answer>{}</answer>",
+)
+ESCAPES = {r"\n": "\n", r"\ud800": "\ud800", r"\x00": "\0"}
 
 
 def soup(noise: random.Random) -> str:
-    tokens = [noise.choice(TOKENS).replace(r"\n", "\n").replace(r"\ud800", "\ud800").replace(r"\x00", "\0")
-              for _ in range(noise.randint(1, noise.choice((5, 15, 60))))]  # fmt: skip
-    return noise.choice(("", " ")).join(tokens)
+    count = noise.randint(1, noise.choice((5, 15, 60)))
+    text = noise.choice(("", " ")).join(noise.choice(TOKENS) for _ in range(count))
+    for escape, character in ESCAPES.items():
+        text = text.replace(escape, character)
+    return text
 
 
 def mutated(noise: random.Random, text: str = "") -> str:
     text = text or noise.choice(ORDINARY)
     for _ in range(noise.randint(1, 6)):
-        at, to = sorted((noise.randint(0, len(text)), noise.randint(0, len(text))))
-        others = noise.choice(TOKENS), noise.choice(ORDINARY), chr(noise.randrange(0x3000))
-        piece = noise.choice((text[at:to], *others))
-        text = noise.choice((text[:at] + piece + text[at:], text[:at] + piece + text[to:], text[:at] + text[at + 1 :]))
+        start, end = sorted((noise.randint(0, len(text)), noise.randint(0, len(text))))
+        others = (noise.choice(TOKENS), noise.choice(ORDINARY), chr(noise.randrange(0x3000)))
+        piece = noise.choice((text[start:end], *others))
+        inserted = text[:start] + piece + text[start:]
+        replaced = text[:start] + piece + text[end:]
+        deleted = text[:start] + text[start + 1 :]
+        text = noise.choice((inserted, replaced, deleted))
     return text[:4_000]
 
 
 def run(left: str, right: str, noise: random.Random) -> None:
     reward.extract_answer(left)
-    reward.explain(noise.choice(WRAPS).format(left), right, require_value=noise.random() < 0.3)
-    verdicts = reward.is_equivalent(left, right), reward.is_equivalent(right, left)
-    assert verdicts[0] == verdicts[1], f"not symmetric: {verdicts}"
+    response = noise.choice(WRAPS).format(left)
+    reward.explain(response, right, require_value=noise.random() < 0.3)
+    verdicts = (reward.is_equivalent(left, right), reward.is_equivalent(right, left))
+    assert verdicts in ((True, True), (False, False)), f"not symmetric: {verdicts}"
+    assert all(type(verdict) is bool for verdict in verdicts)
     assert reward.is_equivalent(left, left) or not left.strip(), "not equal to itself"
     reward.answer_classes([left, right, None, left])
 
@@ -61,18 +82,25 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    noise, failures, cases, slowest = random.Random(args.seed), {}, 0, (0.0, "")
+    noise = random.Random(args.seed)
+    failures: dict[str, tuple] = {}
+    cases = 0
+    slowest = (0.0, "")
     end = time.monotonic() + 60 * args.minutes
     while time.monotonic() < end:
-        left, right = (noise.choice((soup, mutated, mutated))(noise) for _ in range(2))
-        right = mutated(noise, left) if noise.random() < 0.3 else right
+        left = noise.choice((soup, mutated, mutated))(noise)
+        right = noise.choice((soup, mutated, mutated))(noise)
+        if noise.random() < 0.3:
+            right = mutated(noise, left)
         start = time.process_time()
         try:
             run(left, right, noise)
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            failures.setdefault(f"{type(error).__name__} {error} at {place.name}:{place.lineno}", (left, right))
-        cases, slowest = cases + 1, max(slowest, (time.process_time() - start, ascii((left, right))))
+            kind = f"{type(error).__name__} {error} at {place.name}:{place.lineno}"
+            failures.setdefault(kind, (left, right))
+        cases += 1
+        slowest = max(slowest, (time.process_time() - start, ascii((left, right))))
     print(f"{cases} cases, slowest {slowest[0]:.3f} s: {slowest[1][:600]}")
     for failure, pair in failures.items():
         print(f"{failure}: {pair!a}")

@@ -1,9 +1,9 @@
-"""reward.load_problems on the shapes in which problems are published, each in a file written by hand.
+"""reward.load_problems on the shapes in which problems are published, each in a file written by
+hand.
 
-Bugs these tests guard against: a published field name that is not known; a solution taken for an answer; a prompt that
-keeps another data set's instruction; a problem that comes a hundred times; a subset that is another one on resume; a
-flag that reaches only one of the two files.
-"""
+Bugs these tests guard against: a published field name that is not known; a solution taken for an
+answer; a prompt that keeps another data set's instruction; a problem that comes a hundred times; a
+subset that is another one on resume; a flag that reaches only one of the two files."""
 
 import json
 import subprocess
@@ -20,56 +20,98 @@ import train
 
 # The words around each problem of DAPO-Math-17k and of the AIME file that goes with it
 DAPO = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its "
-    'own line after "Answer:".'
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}"
+    '\n\nRemember to put your answer on its own line after "Answer:".'
 )
 
 
 def dapo(problem, answer, wrapped=True):
     return {
-        "data_source": "math_dapo", "ability": "MATH",
+        "data_source": "math_dapo",
+        "ability": "MATH",
         "prompt": [{"content": DAPO.format(problem) if wrapped else problem, "role": "user"}],
         "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
         "extra_info": {"index": "9a9b6eb4"},
-    }  # fmt: skip
+    }
 
 
 # name -> (a line with the fields that its card or its files show, problem, answer, solution)
 PUBLISHED = {
     "openai/gsm8k": (
         {"question": "3 boxes of 4 pens?", "answer": "3 * 4 = <<3*4=12>>12 pens\n#### 12"},
-        "3 boxes of 4 pens?", "12", "3 * 4 = <<3*4=12>>12 pens\n#### 12",
+        "3 boxes of 4 pens?",
+        "12",
+        "3 * 4 = <<3*4=12>>12 pens\n#### 12",
     ),
     "HuggingFaceH4/MATH-500": (
-        {"problem": "Half of $\\pi$?", "solution": "It is $\\boxed{\\frac{\\pi}{2}}$.", "answer": "\\frac{\\pi}{2}",
-         "subject": "Precalculus", "level": 2, "unique_id": "test/precalculus/807.json"},
-        "Half of $\\pi$?", "\\frac{\\pi}{2}", "It is $\\boxed{\\frac{\\pi}{2}}$.",
+        {
+            "problem": "Half of $\\pi$?",
+            "solution": "It is $\\boxed{\\frac{\\pi}{2}}$.",
+            "answer": "\\frac{\\pi}{2}",
+            "subject": "Precalculus",
+            "level": 2,
+            "unique_id": "test/precalculus/807.json",
+        },
+        "Half of $\\pi$?",
+        "\\frac{\\pi}{2}",
+        "It is $\\boxed{\\frac{\\pi}{2}}$.",
     ),
     "HuggingFaceH4/aime_2024": (
-        {"id": 60, "problem": "Walk?", "solution": "so \\boxed{033}", "answer": "033", "url": "…", "year": "2024"},
-        "Walk?", "033", "so \\boxed{033}",
+        {
+            "id": 60,
+            "problem": "Walk?",
+            "solution": "so \\boxed{033}",
+            "answer": "033",
+            "url": "…",
+            "year": "2024",
+        },
+        "Walk?",
+        "033",
+        "so \\boxed{033}",
     ),
     "Maxwell-Jia/AIME_2024": (
         {"ID": "2024-II-4", "Problem": "Walk?", "Solution": "$m+n = \\boxed{33}$", "Answer": 33},
-        "Walk?", "33", "$m+n = \\boxed{33}$",
+        "Walk?",
+        "33",
+        "$m+n = \\boxed{33}$",
     ),
     "math-ai/aime24": (
-        {"id": 60, "problem": "Walk?", "solution": "\\boxed{204}", "url": "https://…"}, "Walk?", "204", "\\boxed{204}",
+        {"id": 60, "problem": "Walk?", "solution": "\\boxed{204}", "url": "https://…"},
+        "Walk?",
+        "204",
+        "\\boxed{204}",
     ),
     "math-ai/aime25": ({"problem": "Bases?", "answer": "70", "id": "0"}, "Bases?", "70", None),
     "opencompass/AIME2025": ({"question": "Bases?", "answer": "70"}, "Bases?", "70", None),
     "AI-MO/aimo-validation-amc": (
-        {"id": 0, "problem": "Cost?", "answer": 142.0, "url": "https://…"}, "Cost?", "142.0", None,
+        {"id": 0, "problem": "Cost?", "answer": 142.0, "url": "https://…"},
+        "Cost?",
+        "142.0",
+        None,
     ),
-    "math-ai/amc23": ({"id": 0, "question": "Meet?", "answer": "27", "url": "https://…"}, "Meet?", "27", None),
+    "math-ai/amc23": (
+        {"id": 0, "question": "Meet?", "answer": "27", "url": "https://…"},
+        "Meet?",
+        "27",
+        None,
+    ),
     "BytedTsinghua-SIA/DAPO-Math-17k": (dapo("Find\n\n$n$.", "34"), "Find\n\n$n$.", "34", None),
     "open-r1/DAPO-Math-17k-Processed": (
-        {"prompt": "Find $n$.", "solution": "34", "data_source": "math_dapo", "source_prompt": [], "ability": "MATH",
-         "reward_model": {"ground_truth": "34", "style": "rule"}, "extra_info": {"index": "9a"}},
-        "Find $n$.", "34", None,
+        {
+            "prompt": "Find $n$.",
+            "solution": "34",
+            "data_source": "math_dapo",
+            "source_prompt": [],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "34", "style": "rule"},
+            "extra_info": {"index": "9a"},
+        },
+        "Find $n$.",
+        "34",
+        None,
     ),
-}  # fmt: skip
+}
 
 
 def write(path, *lines):
@@ -91,7 +133,9 @@ def test_parquet_is_read_as_the_same_lines_are(tmp_path, name):
     from pyarrow import parquet
 
     line = PUBLISHED[name][0]
-    parquet.write_table(pyarrow.Table.from_pylist([line] * 3), tmp_path / "data.parquet", row_group_size=2)
+    parquet.write_table(
+        pyarrow.Table.from_pylist([line] * 3), tmp_path / "data.parquet", row_group_size=2
+    )
     dropped = Counter()
     found = reward.load_problems(tmp_path / "data.parquet", dropped)
     assert found == reward.load_problems(write(tmp_path / "data.jsonl", line))
@@ -99,14 +143,18 @@ def test_parquet_is_read_as_the_same_lines_are(tmp_path, name):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ValueError, match=r"bad\.parquet: .*[Pp]arquet"):
         reward.load_problems(tmp_path / "bad.parquet")
-    parquet.write_table(pyarrow.table({"problem": ["1+1", None], "answer": ["2", "3"]}), tmp_path / "null.parquet")
+    parquet.write_table(
+        pyarrow.table({"problem": ["1+1", None], "answer": ["2", "3"]}), tmp_path / "null.parquet"
+    )
     with pytest.raises(ValueError, match=r'null\.parquet:2: the field "problem" is None'):
         reward.load_problems(tmp_path / "null.parquet")
 
 
 def test_parquet_without_pyarrow_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"data.parquet: to read parquet, pip install pyarrow") as caught:
+    with pytest.raises(
+        ValueError, match=r"data.parquet: to read parquet, pip install pyarrow"
+    ) as caught:
         reward.load_problems(tmp_path / "data.parquet")
     assert "\n" not in str(caught.value)
 
@@ -114,7 +162,9 @@ def test_parquet_without_pyarrow_is_refused_in_one_line(tmp_path, monkeypatch):
 def test_the_checker_needs_neither_hub_nor_parquet_until_a_file_does():
     heavy = "torch", "transformers", "huggingface_hub", "pyarrow"
     code = f"import reward, sys; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=train.HERE)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=train.HERE
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -131,12 +181,16 @@ def test_files_on_the_hub_are_fetched_by_huggingface_hub(tmp_path, monkeypatch):
     assert reward.load_problems("hf://datasets/openai/gsm8k/main/test.jsonl")[0].answer == "2"
     assert reward.load_problems("hf://datasets/openai/gsm8k@1a2b/test.jsonl")[0].answer == "2"
     assert asked == [
-        ("openai/gsm8k", "main/test.jsonl", "dataset", None), ("openai/gsm8k", "test.jsonl", "dataset", "1a2b")
-    ]  # fmt: skip
+        ("openai/gsm8k", "main/test.jsonl", "dataset", None),
+        ("openai/gsm8k", "test.jsonl", "dataset", "1a2b"),
+    ]
     with pytest.raises(ValueError, match=r"hf://datasets/a/b/gone.jsonl: not on the Hub"):
         reward.load_problems("hf://datasets/a/b/gone.jsonl")
     for wrong in ("hf://datasets/a/b", "hf://a/b/c.jsonl"):
-        with pytest.raises(ValueError, match=rf"{wrong}: a file on the Hub is written hf://datasets/OWNER/NAME/FILE"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{wrong}: a file on the Hub is written hf://datasets/OWNER/NAME/FILE",
+        ):
             reward.load_problems(wrong)
     file.write_text("{")  # named as it was typed, not by its place in a cache
     with pytest.raises(ValueError, match=r"^hf://datasets/a/b/c.jsonl:1: not JSON"):
@@ -144,25 +198,45 @@ def test_files_on_the_hub_are_fetched_by_huggingface_hub(tmp_path, monkeypatch):
 
 
 def test_duplicates_are_dropped_and_counted(tmp_path):
-    """DAPO-Math-17k has every problem a hundred times, a few of them with two answers: the first one stays."""
+    """DAPO-Math-17k has every problem a hundred times, a few of them with two answers: the first
+    one stays."""
     path = write(
         tmp_path / "data.jsonl",
-        dapo("Find $n$.", ""), dapo("Find $n$.", "34"), dapo("find  $n$.", "34", wrapped=False), dapo("Find $m$.", "7"),
-        dapo("Find $n$.", "35"), dapo("Find $n$.", "34"),
-    )  # fmt: skip
+        dapo("Find $n$.", ""),
+        dapo("Find $n$.", "34"),
+        dapo("find  $n$.", "34", wrapped=False),
+        dapo("Find $m$.", "7"),
+        dapo("Find $n$.", "35"),
+        dapo("Find $n$.", "34"),
+    )
     dropped = Counter()
     found = reward.load_problems(path, dropped)
-    assert [(p.row, p.problem, p.answer) for p in found] == [(1, "Find $n$.", "34"), (3, "Find $m$.", "7")]
+    assert [(p.row, p.problem, p.answer) for p in found] == [
+        (1, "Find $n$.", "34"),
+        (3, "Find $m$.", "7"),
+    ]
     assert dropped == {"empty answer": 1, "came before": 2, "came before, with another answer": 1}
 
 
-@pytest.mark.parametrize("line, message", [
-    ({"prompt": [], "reward_model": {"ground_truth": "1"}}, 'the field "prompt" is []; it must be text'),
-    ({"prompt": [{"role": "user"}], "reward_model": {"ground_truth": "1"}}, 'the field "prompt" is missing'),
-    ({"prompt": "x", "reward_model": "1"}, 'the field "reward_model.ground_truth" is missing'),
-    ({"prompt": "x", "reward_model": {"ground_truth": None}}, 'the field "reward_model.ground_truth" is None'),
-    ({"problem": "x", "answer": "1"}, 'the field "prompt" is missing'),  # a file has one shape
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            {"prompt": [], "reward_model": {"ground_truth": "1"}},
+            'the field "prompt" is []; it must be text',
+        ),
+        (
+            {"prompt": [{"role": "user"}], "reward_model": {"ground_truth": "1"}},
+            'the field "prompt" is missing',
+        ),
+        ({"prompt": "x", "reward_model": "1"}, 'the field "reward_model.ground_truth" is missing'),
+        (
+            {"prompt": "x", "reward_model": {"ground_truth": None}},
+            'the field "reward_model.ground_truth" is None',
+        ),
+        ({"problem": "x", "answer": "1"}, 'the field "prompt" is missing'),  # a file has one shape
+    ],
+)
 def test_malformed_lines_are_refused_by_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "data.jsonl", dapo("1+1?", "2"), line)
     with pytest.raises(ValueError) as caught:
@@ -173,33 +247,47 @@ def test_malformed_lines_are_refused_by_file_and_line(tmp_path, line, message):
 def test_other_fields_are_named(tmp_path):
     line = {"text": "1+1?", "meta": {"gold": 2}, "solution": "\\boxed{2}"}
     path = write(tmp_path / "data.jsonl", line, line | {"text": "2+2?", "meta": {}})
-    with pytest.raises(ValueError, match=r"data.jsonl:1: of no known shape; it has text, meta, solution: .*--prob"):
+    with pytest.raises(
+        ValueError, match=r"data.jsonl:1: of no known shape; it has text, meta, solution: .*--prob"
+    ):
         reward.load_problems(path)
     shapes = [("text", "meta.gold", "solution")]
     with pytest.raises(ValueError, match=r'data.jsonl:2: the field "meta.gold" is missing'):
         reward.load_problems(path, shapes=shapes)
     write(path, line)
-    assert reward.load_problems(path, shapes=shapes) == [reward.Problem(0, "1+1?", "2", "\\boxed{2}", False)]
+    assert reward.load_problems(path, shapes=shapes) == [
+        reward.Problem(0, "1+1?", "2", "\\boxed{2}", False)
+    ]
     with pytest.raises(ValueError, match=r'data.jsonl:1: the field "txt" is missing'):
         reward.load_problems(path, shapes=[("txt", "meta.gold", "solution")])
 
 
 def test_a_part_of_the_problems_is_fixed_by_the_seed(tmp_path):
-    path = write(tmp_path / "data.jsonl", *({"problem": f"{i}+1?", "answer": str(i + 1)} for i in range(100)))
+    path = write(
+        tmp_path / "data.jsonl", *({"problem": f"{i}+1?", "answer": str(i + 1)} for i in range(100))
+    )
 
     def rows(fraction, seed=0):
         dropped = Counter()
         found = [p.row for p in reward.load_problems(path, dropped, fraction=fraction, seed=seed)]
-        assert found == sorted(found) and dropped == ({f"not in the part of {fraction:g}": 100 - len(found)})
+        assert found == sorted(found) and dropped == (
+            {f"not in the part of {fraction:g}": 100 - len(found)}
+        )
         return found
 
     assert rows(0.3) == rows(0.3) != rows(0.3, seed=1)
     assert len(rows(0.3)) == 30 and set(rows(0.1)) < set(rows(0.3))
-    assert rows(0.05) == [35, 40, 52, 75, 97]  # fixed: a run that is resumed elsewhere must draw the same
+    assert rows(0.05) == [
+        35,
+        40,
+        52,
+        75,
+        97,
+    ]  # fixed: a run that is resumed elsewhere must draw the same
     assert len(reward.load_problems(path)) == 100
 
 
-# ---------------------------------------------------------------------------------------------------- the two commands
+# -- the two commands
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +299,10 @@ def runs(tmp_path_factory):
 
 def renamed(runs, name):
     """The training problems with other names for their fields."""
-    lines = [{"q": line["problem"], "a": {"b": line["answer"]}} for line in tiny_runs.lines(runs.base["data"])]
+    lines = [
+        {"q": line["problem"], "a": {"b": line["answer"]}}
+        for line in tiny_runs.lines(runs.base["data"])
+    ]
     return write(runs.folder / name, *lines)
 
 
@@ -220,11 +311,15 @@ def test_train_reads_named_fields_and_a_held_out_file_of_a_known_shape(runs, cap
     directory = runs.new(data=renamed(runs, "named.jsonl"), **named)
     assert tiny_runs.metrics(directory) == tiny_runs.metrics(runs.shared())
     assert tiny_runs.evaluations(directory) == tiny_runs.evaluations(runs.shared())
-    both = runs.new(data=runs.folder / "named.jsonl", eval_data=runs.folder / "named.jsonl", **named)
+    both = runs.new(
+        data=runs.folder / "named.jsonl", eval_data=runs.folder / "named.jsonl", **named
+    )
     assert len(tiny_runs.evaluations(both)[0]["per_problem"]) == 24
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        runs.new(**named)  # the training file has no such fields, and is not read by others than were named
+        runs.new(
+            **named
+        )  # the training file has no such fields, and is not read by others than were named
     assert 'train.jsonl:1: the field "q" is missing' in capsys.readouterr().err
 
 
@@ -236,8 +331,22 @@ def test_train_draws_from_a_part_of_the_data_and_resume_from_the_same(runs, caps
     before = (directory / "groups.jsonl").read_text()
     train.main(["--resume", str(directory / "checkpoints/step-000001")])
     assert (directory / "groups.jsonl").read_text() == before
-    train.main(["--run-dir", str(directory), "--resume", "latest", "--steps", "3", "--data-fraction", "0.5"])
-    assert "WARNING --data-fraction was 0.25 and is now 0.5: from here on this is another" in capsys.readouterr().out
+    train.main(
+        [
+            "--run-dir",
+            str(directory),
+            "--resume",
+            "latest",
+            "--steps",
+            "3",
+            "--data-fraction",
+            "0.5",
+        ]
+    )
+    assert (
+        "WARNING --data-fraction was 0.25 and is now 0.5: from here on this is another"
+        in capsys.readouterr().out
+    )
 
 
 def test_eval_takes_the_same_flags(runs, monkeypatch, capsys):
@@ -248,10 +357,26 @@ def test_eval_takes_the_same_flags(runs, monkeypatch, capsys):
         raise ValueError("enough")
 
     monkeypatch.setattr(evaluation, "evaluate", look)
-    argv = ["--model", runs.base["model"], "--data", renamed(runs, "eval.jsonl"), "--problem-field", "q",
-            "--answer-field", "a.b", "--data-fraction", "0.5", "--seed", "4", "--limit", "7"]  # fmt: skip
+    argv = [
+        "--model",
+        runs.base["model"],
+        "--data",
+        renamed(runs, "eval.jsonl"),
+        "--problem-field",
+        "q",
+        "--answer-field",
+        "a.b",
+        "--data-fraction",
+        "0.5",
+        "--seed",
+        "4",
+        "--limit",
+        "7",
+    ]
     with pytest.raises(SystemExit):
         evaluation.main(list(map(str, argv)))
     expected = reward.load_problems(runs.base["data"], fraction=0.5, seed=4)[:7]
-    assert [(p.row, p.problem, p.answer) for p in seen[0]] == [(p.row, p.problem, p.answer) for p in expected]
+    assert [(p.row, p.problem, p.answer) for p in seen[0]] == [
+        (p.row, p.problem, p.answer) for p in expected
+    ]
     assert "7 problems, 12 dropped (not in the part of 0.5)" in capsys.readouterr().out

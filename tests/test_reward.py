@@ -1,7 +1,8 @@
-"""The checker on ordinary input. Guards against: an answer found in the wrong place; right answers in another spelling
-judged wrong and near misses judged right; a question handed back as its own answer; classes that split equal answers;
-malformed problems that pass silently; verdicts that differ between thread, worker and main process; a worker that
-hangs, dies, exhausts memory or outlives its parent."""
+"""The checker on ordinary input. Guards against: an answer found in the wrong place; right answers
+in another spelling judged wrong and near misses judged right; a question handed back as its own
+answer; classes that split equal answers; malformed problems that pass silently; verdicts that
+differ between thread, worker and main process; a worker that hangs, dies, exhausts memory or
+outlives its parent."""
 
 import json
 import os
@@ -621,7 +622,7 @@ def test_extraction(response, answer, rule):
 
 
 def test_every_rule_has_a_case():
-    assert {rule for *_, rule in EXTRACTION} == {name for name, *_ in reward.RULES} | {"none"}
+    assert {rule for *_, rule in EXTRACTION} == {*reward.RULES, "none"}
 
 
 @pytest.mark.parametrize(
@@ -1112,10 +1113,10 @@ reward.__file__ = {str(script)!r}
 pool = reward.Verifier(workers=2, timeout=30)
 pool.grade_groups([["1"], ["2"]], ["1", "2"])
 threading.Thread(target=lambda: pool.grade_groups([["SPIN"]], ["1"]), daemon=True).start()
-time.sleep(0.3); print("ready", flush=True); {"sys.exit()" if end == "exit" else "time.sleep(60)"}"""
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code
-    )  # a shell's & ignores it
+time.sleep(0.3); print("ready", flush=True)
+{"sys.exit()" if end == "exit" else "time.sleep(60)"}"""
+    # a shell's & ignores the interrupt
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -1138,7 +1139,8 @@ time.sleep(0.3); print("ready", flush=True); {"sys.exit()" if end == "exit" else
 
 def test_pool_works_under_spawn(tmp_path):
     script = tmp_path / "spawned.py"
-    script.write_text(f"""import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(reward.__file__))!r})
+    root = os.path.dirname(os.path.abspath(reward.__file__))
+    script.write_text(f"""import sys; sys.path.insert(0, {root!r})
 import multiprocessing, reward
 def rank(n):
     with reward.Verifier(workers=1) as pool:
@@ -1229,10 +1231,10 @@ def test_gsm8k_references_equal_themselves_and_nothing_else(shared):
     "batch, floors", [(1, (0.95, 1, 1, 1)), (2, (0.93, 1, 0.86, 1)), (3, (1, 1, 1, 1))]
 )
 def test_pairs_that_were_written_without_a_look_at_the_checker(batch, floors):
-    """checker_pairs.jsonl: labelled pairs of all kinds, by authors who knew the rules and not the code; rules were
-    mended after each batch. What came out right at the first try, of the true and false ones of `rlvr` and of `cas`:
-    batch 1, 96.0, 99.3, 100 and 100 %; batch 2 (hard on purpose), 88.0, 100, 81.8 and 100 %; batch 3, 97.4 and three
-    times 100 %."""
+    """checker_pairs.jsonl: labelled pairs of all kinds, by authors who knew the rules and not the
+    code; rules were mended after each batch. What came out right at the first try, of the true and
+    false ones of `rlvr` and of `cas`: batch 1, 96.0, 99.3, 100 and 100 %; batch 2 (hard on
+    purpose), 88.0, 100, 81.8 and 100 %; batch 3, 97.4 and three times 100 %."""
     lines = Path(__file__).with_name("checker_pairs.jsonl").read_text(encoding="utf-8").splitlines()
     found = {}
     for pair in map(json.loads, lines):

@@ -1,6 +1,6 @@
-"""What a model may write against the checker. Guards against: a hang or explosion in parsing, evaluation or sympy; code
-run from an answer; an exception that stops a training run; memory that grows; a verdict "right" for nonsense; a pool
-that is unusable afterwards."""
+"""What a model may write against the checker. Guards against: a hang or explosion in parsing,
+evaluation or sympy; code run from an answer; an exception that stops a training run; memory that
+grows; a verdict "right" for nonsense; a pool that is unusable afterwards."""
 
 import itertools
 import os
@@ -417,7 +417,8 @@ def test_hostile_references_and_classes(kind):
 
 
 def test_pool_survives_and_memory_stays_flat():
-    """All cases through one pool, then 10,000 ordinary answers: all judged right, the parent no larger."""
+    """All cases through one pool, then 10,000 ordinary answers: all judged right, the parent no
+    larger."""
     cases = [case for kind in CASES.values() for case in kind]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with reward.Verifier(workers=2) as verifier:

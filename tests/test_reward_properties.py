@@ -1,5 +1,6 @@
-"""What must hold for every answer. Guards against: equality that depends on order or spelling; rewriting that changes a
-verdict; a changed digit that goes unseen; classes that depend on the order of the answers; a parser that raises."""
+"""What must hold for every answer. Guards against: equality that depends on order or spelling;
+rewriting that changes a verdict; a changed digit that goes unseen; classes that depend on the order
+of the answers; a parser that raises."""
 
 import random
 import re
@@ -180,7 +181,8 @@ IDENTITIES = [  # the third is a near miss
 
 @pytest.mark.parametrize("one, other, near", IDENTITIES)
 def test_identities_are_decided_without_rewriting(one, other, near):
-    """Expanded, factored, over a common denominator, trigonometric, of powers and logarithms: values show them all."""
+    """Expanded, factored, over a common denominator, trigonometric, of powers and logarithms:
+    values show them all."""
     assert reward.is_equivalent(one, other) and reward.is_equivalent(other, one)
     assert not reward.is_equivalent(one, near) and not reward.is_equivalent(near, other)
 
