@@ -48,6 +48,8 @@ NOT_A_CONFIGURATION = {
 }
 # Flags of run.json's format 1 that format 2 no longer has
 FORMER_FLAGS = {"eval_seed", "max_bad_updates", "rollout_memory", "samples_every"}
+# Flags that older runs lack, with what those runs did
+LATER_FLAGS = {"kl_estimator": "k3"}
 WHOLE_NUMBERS = ("tokens sampled", "seconds")  # all other statistics are shares
 
 
@@ -136,7 +138,7 @@ def find_runs(patterns):
 
 def configuration(flags):
     """The flags in which two configurations may differ; a flag without a value counts as absent."""
-    config = {}
+    config = dict(LATER_FLAGS)
     for name, value in flags.items():
         if value is not None and name not in NOT_A_CONFIGURATION | FORMER_FLAGS:
             config[name] = value

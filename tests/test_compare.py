@@ -229,7 +229,8 @@ def test_runs_of_both_formats_are_one_configuration(capsys, tmp_path):
     curve = {0: ([0.5] * 4, [0.5] * 4)}
     former = {"eval_seed": 0, "max_bad_updates": 5, "rollout_memory": 0.0, "samples_every": 10}
     fake_run(tmp_path / "old", curve, [], seed=0, kl_coef=0.5, **former)
-    fake_run(tmp_path / "new", curve, [], seed=1, kl_coef=0.5, reward=None)
+    later = {"kl_estimator": "k3", "reward": None}
+    fake_run(tmp_path / "new", curve, [], seed=1, kl_coef=0.5, **later)
     change_info(tmp_path / "new", format=2)
     _, report, _ = compared(capsys, tmp_path, tmp_path / "old", tmp_path / "new")
     assert list(report["runs"]) == ["copo"] and len(report["runs"]["copo"]) == 2
