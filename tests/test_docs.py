@@ -176,7 +176,7 @@ def quick_commands():
             yield pytest.param(path, command, id=f"{path.name}: {command[:70]}")
 
 
-@pytest.mark.parametrize(("document", "command"), quick_commands())
+@pytest.mark.parametrize(("document", "command"), list(quick_commands()))
 def test_quick_commands_run_as_printed(copy, document, command):
     if "plot" in command:
         pytest.importorskip("matplotlib")
@@ -321,7 +321,7 @@ def test_metrics_page_names_what_runs_log(tmp_path, monkeypatch):
     for directory in (plain, everything):
         for name, names in logged.items():
             for line in tiny_runs.lines(directory / f"{name}.jsonl"):
-                names |= line.keys()
+                names.update(line)
     named = table_names("metrics.jsonl")
     for row in ("seconds_PHASE", "tokens_per_second_PHASE"):
         named = named - {row} | phases(row)
