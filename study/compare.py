@@ -317,14 +317,14 @@ def make_report(runs, failed, baseline):
 # ------------------------------------------------------------------------------ tables and picture
 
 
-def value_text(statistic, summary, sign=""):
+def value_text(statistic, result, sign=""):
     """A mean with its interval, as text; sign "+" writes a plus before positive numbers."""
     form = f"{{:{sign}.1%}}"
     if statistic in WHOLE_NUMBERS:
         form = f"{{:{sign},.0f}}"
-    text = form.format(summary["mean"])
-    if summary["interval"]:
-        low, high = summary["interval"]
+    text = form.format(result["mean"])
+    if result["interval"]:
+        low, high = result["interval"]
         text += f" [{form.format(low)}, {form.format(high)}]"
     return text
 
