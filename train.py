@@ -125,38 +125,40 @@ def is_due(step, every, last):
 def collect_rollout(run):
     """Sample and grade the groups of a step -> (Rollout to train on, metrics of all drawn).
 
-    Dynamic sampling draws P more prompts, up to --max-rounds times, until P groups have both
-    verdicts, and trains on the first P of those. If none has, prompts_trained is 0 and the Rollout
-    is all that was drawn. run.state stays as it is: a signal may end the step anywhere.
+    Dynamic sampling draws P more prompts, up to --max-rounds times, until P groups are mixed, and
+    trains on the first P of those. If none is mixed, prompts_trained is 0 and the Rollout is all
+    that was drawn. run.state stays as it is: a signal may end the step anywhere.
     """
     args = run.args
     dynamic = run.algorithm.dynamic_sampling
     drawn = None
     with token_bar(run, f"step {run.state.step + 1}") as on_tokens:
-        for round_number in range(args.max_rounds if dynamic else 1):
-            cursor = run.state.cursor + round_number * args.prompts_per_step
+        for rounds in range(args.max_rounds):
+            cursor = run.state.cursor + rounds * args.prompts_per_step
             rollout = sample_groups(run, cursor, on_tokens)
             drawn = rollout if drawn is None else drawn.join(rollout)
-            kept = list(range(len(drawn.problems)))
-            if dynamic:
-                kept = copo.is_mixed(drawn.correct).nonzero()[:, 0].tolist()
-            if len(kept) >= args.prompts_per_step:
+            mixed = copo.is_mixed(drawn.correct)
+            if not dynamic or mixed.sum() >= args.prompts_per_step:
                 break
     run.stop.raise_if_any_rank()  # a step that was only sampled is abandoned
-    kept = kept[: args.prompts_per_step]
+    kept = range(len(drawn.problems))
+    if dynamic:
+        kept = mixed.nonzero()[:, 0].tolist()[: args.prompts_per_step]
+    if not kept:
+        print0(f"no group has both verdicts among {len(drawn.problems)} drawn: no update")
     failed = Counter(itertools.chain.from_iterable(drawn.failed))
     metrics = {
-        "sampling_rounds": round_number + 1,
+        "sampling_rounds": rounds + 1,
         "prompts_drawn": len(drawn.problems),
         "prompts_trained": len(kept),
-        "accuracy_drawn": drawn.correct.double().mean().item(),
-        "equal_groups_drawn": (~copo.is_mixed(drawn.correct)).double().mean().item(),
+        "accuracy_drawn": mean(drawn.correct),
+        "equal_groups_drawn": mean(~mixed),
         "tokens_sampled": int(drawn.lengths.sum()),
-        "prompt_tokens": sum(len(prompt) for prompt in drawn.prompts),
+        "prompt_tokens": sum(map(len, drawn.prompts)),
         "verifier_timeouts": failed["time"] + failed["cpu"] + failed["memory"],
         "verifier_exceptions": failed["crash"] + failed["exception"],
     }
-    return (drawn.select(kept) if kept else drawn), metrics
+    return drawn.select(kept) if kept else drawn, metrics
 
 
 def sample_groups(run, cursor, on_tokens):
@@ -190,10 +192,10 @@ def draw_prompts(seed, cursor, count, size):
     """
     pairs = []
     for epoch in range(cursor // size, (cursor + count - 1) // size + 1):
-        order = np.random.default_rng([seed, 1, epoch]).permutation(size)
-        first = max(cursor - epoch * size, 0)
-        last = cursor + count - epoch * size
-        pairs += [(int(i), epoch * size + int(i)) for i in order[first:last]]
+        order = np.random.default_rng([seed, 1, epoch]).permutation(size).tolist()
+        start = epoch * size
+        drawn = order[max(cursor - start, 0) : cursor + count - start]
+        pairs += [(index, start + index) for index in drawn]
     return pairs
 
 
@@ -205,9 +207,13 @@ def token_bar(run, label):
         bar.update(count)
         run.stop.raise_if_set()
 
-    hidden = None if rank() == 0 else True  # None: shown on a terminal only
-    with tqdm(desc=label, unit="tok", leave=False, disable=hidden) as bar:
+    with progress_bar(desc=label, unit="tok") as bar:
         yield on_tokens
+
+
+def progress_bar(*items, **options):
+    """tqdm on rank 0, if its output is a terminal."""
+    return tqdm(*items, leave=False, disable=None if rank() == 0 else True, **options)
 
 
 # ----------------------------------------------------------------------------------------- Updates
@@ -216,25 +222,21 @@ def token_bar(run, label):
 def update_policy(run, rollout, advantages):
     """Make all optimiser updates of one step -> metrics over all of them.
 
-    A permutation of (seed, step) splits the groups into updates. Old and reference log-probs are
-    computed before the first of them moves the weights.
+    Old and reference log-probs are computed before the first update moves the weights.
     """
     args = run.args
     rollout = rollout._replace(logprobs=rollout.logprobs.to(args.device))
     advantages = copo.Advantages(*(value.to(args.device) for value in advantages))
     minibatches = split_into_minibatches(args, run.state.step, rollout.lengths.shape)
-    # The first update has no use for old log-probs: train_minibatch takes its own.
+    # The first update takes its own log-probs for the old ones, see train_minibatch.
     later_rows = list(itertools.chain.from_iterable(minibatches[1:]))
     old_logprobs = rollout.logprobs.flatten(0, 1)
     if later_rows and args.old_logprobs == "recompute":
-        with run.clock("logprobs"):
-            old_logprobs = compute_logprobs(run.model, rollout, later_rows, args)
+        old_logprobs = compute_logprobs(run, run.model, rollout, later_rows)
     ref_logprobs = None
     if run.reference is not None:
-        with run.clock("logprobs"):
-            ref_logprobs = compute_logprobs(
-                run.reference, rollout, minibatches[0] + later_rows, args
-            )
+        all_rows = minibatches[0] + later_rows
+        ref_logprobs = compute_logprobs(run, run.reference, rollout, all_rows)
     step_sums = MetricSums()
     for number, rows in enumerate(minibatches):
         suffixes = []
@@ -245,43 +247,41 @@ def update_policy(run, rollout, advantages):
         old = old_logprobs if number > 0 else None
         applied, sums = train_minibatch(run, rollout, rows, advantages, old, ref_logprobs, suffixes)
         if applied:
-            step_sums.add(sums.pairs)
+            step_sums.add(sums)
     return step_sums.means()
 
 
 def split_into_minibatches(args, step, shape):
-    """The rows of each update: whole groups in the order of a permutation of (seed, step)."""
+    """The rows of each update: whole groups, in the order of a permutation of (seed, step)."""
     num_prompts, group_size = shape
-    order = np.random.default_rng([args.seed, 2, step]).permutation(num_prompts).tolist()
+    prompts = np.random.default_rng([args.seed, 2, step]).permutation(num_prompts)
     minibatches = []
     for start in range(0, num_prompts, args.minibatch_prompts):
-        rows = []
-        for prompt in order[start : start + args.minibatch_prompts]:
-            rows += range(prompt * group_size, (prompt + 1) * group_size)
-        minibatches.append(rows)
+        chosen = prompts[start : start + args.minibatch_prompts]
+        rows = chosen[:, None] * group_size + np.arange(group_size)
+        minibatches.append(rows.flatten().tolist())
     return minibatches
 
 
 def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs, suffixes=()):
     """One optimiser update on `rows` of the rollout -> (True if it was applied, its MetricSums).
 
-    old_logprobs, ref_logprobs (B,R) of all rows of the step. old_logprobs None, in the first update
-    of a step: they are its own log-probs, since the weights have not moved since. suffixes: clip
-    fractions are logged once more under these names.
+    old_logprobs, ref_logprobs (B,R) of all rows of the step. old_logprobs is None in the first
+    update of a step: its own log-probs are the old ones, since the weights have not moved.
+    suffixes: names under which the clip fractions are logged once more.
     """
     args = run.args
     sums = MetricSums()
     loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)
     # Denominators count the whole update on all ranks, before any micro-batch runs: the shares of
     # micro-batches are then summed, never averaged.
-    tokens = int(rollout.lengths.flatten()[rows].sum())
-    num_tokens = torch.full((), tokens, device=args.device)
+    num_tokens = int(rollout.lengths.flatten()[rows].sum())
+    num_tokens = torch.full((), num_tokens, device=args.device)
     num_sequences = torch.full((), len(rows), device=args.device)
     for batch in micro_batches(prompt_response_pairs(rollout, rows), args):
         with run.clock("forward"):
             logprobs, entropy = batch.response_logprobs(run.model, args.temperature)
-            old = logprobs.detach() if old_logprobs is None else batch.select(old_logprobs)
-            ref = None if ref_logprobs is None else batch.select(ref_logprobs)
+            old = logprobs.detach() if old_logprobs is None else batch.rows_of(old_logprobs)
             loss, metrics = copo.copo_loss(
                 logprobs,
                 old,
@@ -291,18 +291,21 @@ def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs, 
                 max_tokens=args.max_new_tokens,
                 num_tokens=num_tokens,
                 num_sequences=num_sequences,
-                ref_logprobs=ref,
+                ref_logprobs=None if ref_logprobs is None else batch.rows_of(ref_logprobs),
             )
         with run.clock("backward"):
             # FSDP averages gradients over ranks; the loss is the sum of the ranks' shares.
             (loss * world_size()).backward()
         loss_sum += loss.detach()
-        metrics["token_entropy"] = (entropy.sum(), batch.mask.sum())
+        metrics["token_entropy"] = copo.sum_and_count(entropy, batch.mask)
         if old_logprobs is None or args.old_logprobs == "recompute":
-            sampled = batch.select(rollout.logprobs.flatten(0, 1))
-            metrics |= sampler_difference(old, sampled, batch.mask)
-        for name in ("clip_fraction_local", "clip_fraction_global"):
-            for suffix in suffixes:
+            # Sampler and model agree up to rounding; more is a bug.
+            sampled = batch.rows_of(rollout.logprobs.flatten(0, 1))
+            distance = torch.where(batch.mask, old - sampled, 0.0).abs()
+            metrics["sampler_difference"] = copo.sum_and_count(distance, batch.mask)
+            metrics["sampler_difference_max"] = (distance.max(), batch.mask.any())
+        for suffix in suffixes:
+            for name in ("clip_fraction_local", "clip_fraction_global"):
                 metrics[f"{name}_{suffix}"] = metrics[name]
         sums.add(metrics)
     lr = args.lr * min(1.0, (run.state.updates + 1) / max(args.warmup_updates, 1))
@@ -311,31 +314,21 @@ def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs, 
     return applied, sums
 
 
-def sampler_difference(logprobs, sampled, mask):
-    """How far the sampler's log-probs are from the model's own: more than rounding is a bug."""
-    distance = torch.where(mask, logprobs - sampled.to(logprobs), 0.0).abs().double()
-    largest = distance.max() if distance.numel() else distance.sum()
-    return {
-        "sampler_difference": (distance.sum(), mask.sum()),
-        "sampler_difference_max": (largest, torch.ones_like(largest)),
-    }
-
-
 MAX_BAD_UPDATES = 5  # non-finite updates in a row before the run ends
 
 
 def optimizer_step(run, loss, lr, sums):
-    """Clip the gradient and step AdamW -> True; False if loss or gradient norm is not finite.
+    """Clip the gradient and step AdamW -> True; False if loss or gradient is not finite.
 
-    Such an update is skipped and counted. loss is this rank's share; sums gets the whole one.
+    Such an update is skipped and counted. loss is this rank's share; sums gets the whole loss.
     """
     args = run.args
     state = run.state
     if world_size() > 1:
         dist.all_reduce(loss)
     max_norm = args.max_grad_norm or math.inf
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm))
-    norm = norm.to(loss)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+    norm = full_tensor(norm).to(loss)
     # The one place of an update where the host waits for the device.
     values = torch.stack([loss, norm]).tolist()
     applied = all(map(math.isfinite, values))
@@ -381,15 +374,16 @@ def make_optimizer(model, args):
     return optimizer
 
 
-def compute_logprobs(model, rollout, rows, args):
+def compute_logprobs(run, model, rollout, rows):
     """Log-probs of `rows` of the rollout under `model`, without gradients: (B,R), elsewhere 0."""
     result = torch.zeros_like(rollout.logprobs.flatten(0, 1))
-    with torch.no_grad():
-        for batch in micro_batches(prompt_response_pairs(rollout, rows), args):
-            logprobs, _ = batch.response_logprobs(model, args.temperature)
+    pairs = prompt_response_pairs(rollout, rows)
+    with torch.no_grad(), run.clock("logprobs"):
+        for batch in micro_batches(pairs, run.args):
+            logprobs, _ = batch.response_logprobs(model, run.args.temperature)
             result[batch.rows, : logprobs.shape[1]] = logprobs.to(result.dtype)
-    if world_size() > 1:
-        dist.all_reduce(result)  # one rank has computed each row, the others hold zeros
+        if world_size() > 1:
+            dist.all_reduce(result)  # one rank has computed each row, the others hold zeros
     if hasattr(model, "reshard"):
         model.reshard()  # FSDP keeps the embeddings whole for a backward pass that does not come
     return result
@@ -399,18 +393,13 @@ def compute_logprobs(model, rollout, rows, args):
 
 
 def warm_start(run):
-    """Supervised learning of the data's solutions and of the end token after them: --sft-steps.
-
-    The learning rate rises over the first 5 % of the steps, then falls on a cosine to 5 %.
-    """
+    """Supervised learning of the data's solutions and of the end token after them: --sft-steps."""
     args = run.args
     state = run.state
     indices = sorted(run.solutions)
     started = time.perf_counter()
     sums = MetricSums()
-    hidden = None if rank() == 0 else True
-    steps = range(state.sft_step, args.sft_steps)
-    for step in tqdm(steps, "warm start", unit="update", leave=False, disable=hidden):
+    for step in progress_bar(range(state.sft_step, args.sft_steps), "warm start", unit="update"):
         # Here and not at the end: the checkpoint of the last step has the next phase's optimiser.
         run.stop.raise_if_any_rank()
         drawn = draw_prompts(args.seed + 1, step * args.sft_batch, args.sft_batch, len(indices))
@@ -418,7 +407,7 @@ def warm_start(run):
         for number, (i, _) in enumerate(drawn):
             pairs[number] = (run.prompts[indices[i]], run.solutions[indices[i]])
         sft_minibatch(run, pairs, sums)
-        state.sft_step = step + 1
+        state.sft_step += 1
         if state.sft_step % 50 == 0 or state.sft_step == args.sft_steps:
             seconds = time.perf_counter() - started
             loss = sums.means().get("loss", math.nan)
@@ -433,7 +422,10 @@ def warm_start(run):
 
 
 def sft_minibatch(run, pairs, sums):
-    """One update on the mean cross-entropy of the solutions' tokens."""
+    """One update on the mean cross-entropy of the solutions' tokens.
+
+    The learning rate rises over the first 5 % of the steps, then falls on a cosine to 5 %.
+    """
     args = run.args
     num_tokens = sum(len(solution) for _, solution in pairs.values())
     loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)
@@ -442,8 +434,9 @@ def sft_minibatch(run, pairs, sums):
         loss = -logprobs.sum() / num_tokens
         (loss * world_size()).backward()
         loss_sum += loss.detach()
-    rise = (run.state.sft_step + 1) / max(args.sft_steps * 0.05, 1)
-    cosine = (1 + math.cos(math.pi * run.state.sft_step / args.sft_steps)) / 2
+    step = run.state.sft_step
+    rise = (step + 1) / max(args.sft_steps * 0.05, 1)
+    cosine = (1 + math.cos(math.pi * step / args.sft_steps)) / 2
     optimizer_step(run, loss_sum, args.sft_lr * min(rise, 0.05 + 0.95 * cosine), sums)
 
 
@@ -453,23 +446,23 @@ def sft_minibatch(run, pairs, sums):
 class MicroBatch(NamedTuple):
     """Some rows as Transformer.packed_logprobs takes them: their N tokens in one line, no padding.
 
-    A prompt that several rows share is there once. A response's last token is not: it predicts
-    nothing. All are tensors on the device.
+    A prompt that several rows share is there once. A response's last token is not there: it
+    predicts nothing. All are tensors on the device.
     """
 
-    rows: torch.Tensor  # (B,) which rows of the rollout these are
     ids: torch.Tensor  # (N,)
     positions: torch.Tensor  # (N,)
     pad_index: torch.Tensor  # (B,T) which of the N tokens stands at each place of the padded rows
     unpad_index: torch.Tensor  # (N,) at which of the B·T places each token has its result
     predictors: torch.Tensor  # (M,) those of the N tokens that predict a response token
     targets: torch.Tensor  # (M,) the token ids that they predict
-    places: torch.Tensor  # (M,) where of the B·R places these stand
+    places: torch.Tensor  # (M,) at which of the B·R places these stand
     mask: torch.Tensor  # (B,R) True on response tokens
+    rows: torch.Tensor  # (B,) which rows of the rollout these are
 
     def response_logprobs(self, model, temperature=1.0):
         """Log-probs and entropy (nats) of the response tokens: both (B,R), 0 beyond each row."""
-        values = model.packed_logprobs(
+        logprobs, entropy = model.packed_logprobs(
             self.ids,
             self.positions,
             self.pad_index,
@@ -478,26 +471,74 @@ class MicroBatch(NamedTuple):
             self.targets,
             temperature,
         )
-        return tuple(self.pad(value) for value in values)
+        return self.pad(logprobs), self.pad(entropy)
 
     def pad(self, values):
         """(M,) -> (B,R)"""
         empty = values.new_zeros(self.mask.numel())
         return empty.index_copy(0, self.places, values).view_as(self.mask)
 
-    def select(self, logprobs):
-        """These rows of all of a step's log-probs, and no longer than these are: -> (B,R)."""
+    def rows_of(self, logprobs):
+        """These rows of a step's log-probs (P·G,R), cut to their longest -> (B,R)."""
         return logprobs[self.rows, : self.mask.shape[1]]
+
+
+def collate(chunks, pairs, device):
+    """Chunks of pairs {row: (prompt, response)} -> MicroBatch."""
+    if not chunks:  # an empty micro-batch: one token that predicts nothing
+        chunks = [Chunk([0], 1)]
+        pairs = {0: ([0], [])}
+    rows = list(itertools.chain.from_iterable(chunk.rows for chunk in chunks))
+    lengths = torch.tensor([len(pairs[row][1]) for row in rows])
+    tokens = []  # (id, row of the micro-batch, position in this row) of each of the N
+    padded = []  # of each row, which of them it holds
+    predictions = []  # (which of them predicts, token id that it predicts)
+
+    def run(ids, position):
+        """Append tokens of the row to come; returns which of the N they are."""
+        first = len(tokens)
+        for offset, token_id in enumerate(ids):
+            tokens.append((token_id, len(padded), position + offset))
+        return list(range(first, len(tokens)))
+
+    for chunk in chunks:
+        prompt, _ = pairs[chunk.rows[0]]
+        shared = run(prompt, 0)
+        for row in chunk.rows:
+            _, response = pairs[row]
+            row_tokens = shared + run(response[:-1], len(prompt))
+            padded.append(torch.tensor(row_tokens))
+            predictions += zip(row_tokens[len(prompt) - 1 :], response)
+    ids, row_of, positions = torch.tensor(tokens).T.contiguous()
+    predictors, targets = torch.tensor(predictions, dtype=torch.long).view(-1, 2).T.contiguous()
+    pad_index = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
+    longest = max(1, int(lengths.max()))
+    mask = torch.arange(longest) < lengths[:, None]
+    batch = MicroBatch(
+        ids=ids,
+        positions=positions,
+        pad_index=pad_index,
+        unpad_index=row_of * pad_index.shape[1] + positions,
+        predictors=predictors,
+        targets=targets,
+        places=mask.flatten().nonzero()[:, 0],
+        mask=mask,
+        rows=torch.tensor(rows),
+    )
+    if device == "cuda":  # copies from pinned memory do not make the host wait
+        batch = MicroBatch(*(tensor.pin_memory() for tensor in batch))
+    return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
 
 def prompt_response_pairs(rollout, rows):
     """{row: (prompt, response)}, both lists of token ids."""
     group_size = rollout.lengths.shape[1]
-    tokens = rollout.tokens.flatten(0, 1)
-    lengths = rollout.lengths.flatten().tolist()
     pairs = {}
     for row in rows:
-        pairs[row] = (rollout.prompts[row // group_size], tokens[row, : lengths[row]].tolist())
+        prompt, number = divmod(row, group_size)
+        length = rollout.lengths[prompt, number]
+        response = rollout.tokens[prompt, number, :length].tolist()
+        pairs[row] = (rollout.prompts[prompt], response)
     return pairs
 
 
@@ -508,17 +549,16 @@ def micro_batches(pairs, args):
     micro-batches: a rank that has fewer runs empty ones.
     """
     chunks = chunks_by_prompt(pairs, args.micro_tokens, world_size())
-    shares = balance_over_ranks(chunks, world_size())
-    parts = [split_by_token_budget(share, args.micro_tokens) for share in shares]
+    parts = []
+    for share in balance_over_ranks(chunks, world_size()):
+        parts.append(split_by_token_budget(share, args.micro_tokens))
     mine = parts[rank()]
     for number in range(max(map(len, parts))):
-        rows = []
-        if number < len(mine):
-            rows = [row for chunk in mine[number] for row in chunk.rows]
-        yield collate({row: pairs[row] for row in rows}, args.device)
+        yield collate(mine[number] if number < len(mine) else [], pairs, args.device)
 
 
-class Chunk(NamedTuple):
+@dataclass
+class Chunk:
     """Rows of one prompt that run together, and their tokens, the prompt counted once."""
 
     rows: list
@@ -528,23 +568,22 @@ class Chunk(NamedTuple):
 def chunks_by_prompt(pairs, micro_tokens, ranks):
     """Cut the rows of each prompt into Chunks that fit a micro-batch, some for every rank."""
     by_prompt = {}
-    for row in sorted(pairs, key=lambda row: -len(pairs[row][1])):
-        prompt, _ = pairs[row]
+    for row, (prompt, _) in pairs.items():
         by_prompt.setdefault(tuple(prompt), []).append(row)
     max_rows = len(pairs)
     if ranks > 1:
         max_rows = max(1, len(pairs) // (4 * ranks))  # four chunks a rank can be dealt evenly
     chunks = []
     for prompt, rows in by_prompt.items():
-        current = None
-        for row in rows:
+        chunk = None
+        for row in sorted(rows, key=lambda row: -len(pairs[row][1])):
             length = len(pairs[row][1])
-            full = current is None or len(current.rows) == max_rows
-            if full or current.tokens + length > micro_tokens:
-                current = Chunk([], len(prompt))
-                chunks.append(current)
-            current = Chunk([*current.rows, row], current.tokens + length)
-            chunks[-1] = current
+            full = chunk is None or len(chunk.rows) == max_rows
+            if full or chunk.tokens + length > micro_tokens:
+                chunk = Chunk([], len(prompt))
+                chunks.append(chunk)
+            chunk.rows.append(row)
+            chunk.tokens += length
     return chunks
 
 
@@ -580,61 +619,6 @@ def split_by_token_budget(chunks, budget):
     return parts
 
 
-def collate(pairs, device):
-    """{row: (prompt, response)} -> MicroBatch; without rows, of one token that predicts nothing."""
-    pairs = pairs or {0: ([0], [])}
-    longest = max(len(prompt) + len(response) for prompt, response in pairs.values())
-    longest_response = max(len(response) for _, response in pairs.values())
-    pad_index = torch.zeros(len(pairs), longest, dtype=torch.long)
-    mask = torch.zeros(len(pairs), longest_response, dtype=torch.bool)
-    ids, positions, unpad_index, predictors, targets = [], [], [], [], []
-    prompts = {}  # a prompt's places among the N tokens
-
-    def run_tokens(tokens, row, column):
-        """Append tokens that begin at this place of the padded rows; returns their places in N."""
-        first = len(ids)
-        ids.extend(tokens)
-        positions.extend(range(column, column + len(tokens)))
-        start = row * longest + column
-        unpad_index.extend(range(start, start + len(tokens)))
-        return list(range(first, len(ids)))
-
-    for row, (prompt, response) in enumerate(pairs.values()):
-        key = tuple(prompt)
-        if key not in prompts:
-            prompts[key] = run_tokens(prompt, row, 0)
-        tokens = prompts[key] + run_tokens(response[:-1], row, len(prompt))
-        pad_index[row, : len(tokens)] = torch.tensor(tokens)
-        # The token before a response token predicts it.
-        before = len(prompt) - 1
-        predictors += tokens[before : before + len(response)]
-        targets += response
-        mask[row, : len(response)] = True
-    batch = MicroBatch(
-        rows=index_tensor(pairs),
-        ids=index_tensor(ids),
-        positions=index_tensor(positions),
-        pad_index=pad_index,
-        unpad_index=index_tensor(unpad_index),
-        predictors=index_tensor(predictors),
-        targets=index_tensor(targets),
-        places=mask.flatten().nonzero()[:, 0],
-        mask=mask,
-    )
-    return MicroBatch(*(to_device(tensor, device) for tensor in batch))
-
-
-def index_tensor(values):
-    return torch.tensor(list(values), dtype=torch.long)
-
-
-def to_device(tensor, device):
-    """Copy a CPU tensor; from pinned memory, so that the host does not wait for a GPU's queue."""
-    if device == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 # -------------------------------------------------------------------------------------- Evaluation
 
 EVAL_SEED = 0  # of an evaluation's noise, which is the same at every step and in every run
@@ -642,7 +626,7 @@ EVAL_SEED = 0  # of an evaluation's noise, which is the same at every step and i
 
 def already_evaluated(run):
     """True if there is nothing to evaluate, or a resumed run has evaluated this step before."""
-    return not run.held_out or run.state.step in [step for step, _ in run.state.evaluations]
+    return not run.held_out or run.state.step in dict(run.state.evaluations)
 
 
 def run_evaluation(run):
@@ -668,18 +652,17 @@ def run_evaluation(run):
 def log_evaluation(run, rollout):
     """Write a line to eval.jsonl and to the console."""
     state = run.state
-    k = run.args.eval_samples
     means = mean_at_k(rollout.correct)
     votes = maj_at_k(rollout.correct, rollout.classes)
     line = {
         "step": state.step,
-        "k": k,
+        "k": run.args.eval_samples,
         "mean": float(means.mean()),
         "maj": float(votes.mean()),
-        "equal_groups": float(np.isin(means, (0, 1)).mean()),
-        "length_mean": rollout.lengths.double().mean().item(),
-        "finished": rollout.finished.double().mean().item(),
-        "no_answer": (rollout.classes == -1).double().mean().item(),
+        "equal_groups": mean(~copo.is_mixed(rollout.correct)),
+        "length_mean": mean(rollout.lengths),
+        "finished": mean(rollout.finished),
+        "no_answer": mean(rollout.classes == -1),
         "tokens": state.tokens,
         "responses": state.responses,
         "seconds": run.clock.seconds()["evaluate"],
@@ -689,9 +672,8 @@ def log_evaluation(run, rollout):
     append(run.directory / "eval.jsonl", [json.dumps(line)])
     state.evaluations.append([state.step, line["mean"]])
     print0(
-        f"eval    step {state.step}: mean@{k} {line['mean']:.1%}  maj@{k} {line['maj']:.1%}  "
-        f"equal groups {line['equal_groups']:.0%}  len {line['length_mean']:.0f}  "
-        f"({len(means)} problems, {line['seconds']:.1f} s)"
+        "eval    step {step}: mean@{k} {mean:.1%}  maj@{k} {maj:.1%}  equal groups "
+        "{equal_groups:.0%}  len {length_mean:.0f}  ({seconds:.1f} s)".format(**line)
     )
 
 
@@ -744,53 +726,44 @@ class Run:
     held_out: list
     held_out_prompts: list
     verifier: Verifier
+    clock: "Clock"
     sampler: Transformer = None  # the weights that sample: run.model, or a copy in the compute type
     reference: Transformer = None  # the frozen initial policy, if there is a KL term
     optimizer: torch.optim.Optimizer = None
-    clock: "Clock" = None
     stop: "StopSignal" = None
     run_info: dict = None  # run.json, on rank 0
     state: State = field(default_factory=State)
 
 
-class MetricSums:
-    """Sums and counts of metrics, added over micro-batches, updates and ranks, divided at the end.
+class MetricSums(dict):
+    """Metrics in the making: name -> float64 (2,), the sum and the count so far, on the device.
 
     Of a name that ends in _max, the largest value instead.
     """
 
-    def __init__(self):
-        self.pairs = {}  # name -> (sum, count), a float64 tensor (2,) on the device
-
     def add(self, metrics):
-        """metrics: {name: (sum, count)}, tensors."""
+        """metrics: {name: (sum, count)}, tensors. Another MetricSums will do."""
         for name, (total, count) in metrics.items():
-            pair = torch.stack([total.detach().double(), count.double()])
-            before = self.pairs.get(name, torch.zeros_like(pair))
-            if name.endswith("_max"):
-                self.pairs[name] = torch.maximum(before, pair)
-            else:
-                self.pairs[name] = before + pair
+            pair = torch.stack([total.double(), count.double()]).detach()
+            join = torch.maximum if name.endswith("_max") else torch.add
+            self[name] = join(pair, self.get(name, torch.zeros_like(pair)))
 
     def means(self):
         """{name: mean over all ranks}. All ranks call it; the host waits for the device once."""
-        values = torch.stack([*self.pairs.values()]).cpu() if self.pairs else []
-        all_ranks = MetricSums()
-        for pairs in all_gather(dict(zip(self.pairs, values))):
-            all_ranks.add(pairs)
-        means = {}
-        for name, pair in all_ranks.pairs.items():
-            total, count = pair.tolist()
-            if count > 0:
-                means[name] = total / count
-        return means
+        pairs = torch.stack(list(self.values())).cpu() if self else []
+        everyone = MetricSums()
+        for sums in all_gather(dict(zip(self, pairs))):
+            everyone.add(sums)
+        return {
+            name: float(total / count) for name, (total, count) in everyone.items() if count > 0
+        }
 
 
 class Clock:
     """Seconds by phase since the last report: `with clock("verify"): ...`.
 
-    The time of a phase within another counts as its own. On a GPU, events in its queue take the
-    times, so that no phase has to wait for the device.
+    A phase within another counts as its own. On a GPU, events in its queue take the times: no phase
+    waits for the device.
     """
 
     def __init__(self, device):
@@ -810,20 +783,18 @@ class Clock:
             self.mark()
 
     def mark(self):
+        moment = time.perf_counter()
         if self.device == "cuda":
             moment = torch.cuda.Event(enable_timing=True)
             moment.record()
-        else:
-            moment = time.perf_counter()
         self.marks.append((moment, self.phases[-1]))
 
     def seconds(self):
-        """Counter of the seconds of each phase, up to the last mark."""
-        if self.device == "cuda":
-            self.marks[-1][0].synchronize()
+        """Counter of the seconds of each phase."""
         seconds = Counter()
         for (start, phase), (end, _) in itertools.pairwise(self.marks):
             if self.device == "cuda":
+                end.synchronize()
                 seconds[phase] += start.elapsed_time(end) / 1000
             else:
                 seconds[phase] += end - start
@@ -834,10 +805,8 @@ class Clock:
         self.mark()
         seconds = self.seconds()
         self.marks = self.marks[-1:]
-        report = {"seconds": seconds.total()}
-        for phase, value in seconds.items():
-            report[f"seconds_{phase}"] = value
-        return report
+        report = {f"seconds_{phase}": value for phase, value in seconds.items()}
+        return {"seconds": seconds.total()} | report
 
 
 class StopSignal:
@@ -866,14 +835,7 @@ class StopSignal:
 
     def raise_if_any_rank(self):
         """Between phases: if any rank got a signal, all ranks raise Interrupted together."""
-        name = self.on_any_rank()
-        if name:
-            raise Interrupted(name)
-
-    def on_any_rank(self):
-        """Name of the first signal that any rank got, or None. All ranks call it."""
-        names = [name for name in all_gather(self.name) if name]
-        return names[0] if names else None
+        on_all_ranks(self.raise_if_set)
 
     def restore(self):
         for number, handler in self.previous.items():
@@ -889,21 +851,17 @@ SAMPLES_EVERY = 10  # steps between entries in samples.txt
 def log_step(run, rollout, advantages, metrics):
     """Write the step to metrics.jsonl, groups.jsonl, now and then samples.txt, and the console."""
     step = run.state.step
-    trained = metrics["prompts_trained"] > 0
     metrics = step_metrics(run, rollout, advantages) | metrics
     if "local_share" in metrics:
         metrics["global_share"] = 1 - metrics["local_share"]
     raise_alarms(metrics, run.state)
-    groups = [json.dumps(line) for line in group_lines(run, rollout, advantages)]
+    groups = [json.dumps(line) for line in group_lines(step, rollout, advantages)]
     append(run.directory / "groups.jsonl", groups)
-    metrics |= speed_metrics(run.clock, metrics, int(rollout.lengths.sum()) if trained else 0)
+    metrics |= speed_metrics(run.clock, metrics, int(rollout.lengths.sum()))
     append(run.directory / "metrics.jsonl", [json.dumps(metrics)])
     print0(console_line(metrics, run.args.steps))
-    if not trained:
-        drawn = metrics["prompts_drawn"]
-        print0(f"step {step}: no group has both verdicts among {drawn} drawn; no update")
     if step == 1 or step % SAMPLES_EVERY == 0:
-        table = sample_table(run, rollout, advantages)
+        table = sample_table(step, rollout, advantages)
         append(run.directory / "samples.txt", [table])
         print0(table)
 
@@ -911,37 +869,39 @@ def log_step(run, rollout, advantages, metrics):
 def step_metrics(run, rollout, advantages):
     """What the groups of a step say, over all of them; docs/metrics.md explains each name."""
     correct = rollout.correct
-    lengths = rollout.lengths.double()
-    largest = advantages.effective.abs().amax(dim=1)
-    means = {
-        "reward": advantages.rewards,
-        "accuracy": correct,
-        "consistency_entropy": advantages.entropy,
-        "local_weight": advantages.weight,
-        "length_mean": lengths,
-        "all_wrong": ~correct.any(dim=1),
-        "all_right": correct.all(dim=1),
-        "mixed": copo.is_mixed(correct),
-        "zero_gradient_groups": largest < 1e-9,
-        "finished": rollout.finished,
-        "no_answer": rollout.classes == -1,
+    effective = advantages.effective
+    metrics = {
+        "step": run.state.step,
+        "loss": None,  # stays None if there was no update
+        "grad_norm": None,
+        "reward": mean(advantages.rewards),
+        "accuracy": mean(correct),
+        "consistency_entropy": mean(advantages.entropy),
+        "local_weight": mean(advantages.weight),
+        "length_mean": mean(rollout.lengths),
+        "length_max": float(rollout.lengths.max()),
+        "all_wrong": mean(~correct.any(dim=1)),
+        "all_right": mean(correct.all(dim=1)),
+        "mixed": mean(copo.is_mixed(correct)),
+        "zero_gradient_groups": mean(effective.abs().amax(dim=1) < 1e-9),
+        "finished": mean(rollout.finished),
+        "no_answer": mean(rollout.classes == -1),
+        "wrong_pushed_up": share_of(effective > 0, ~correct),
+        "right_pushed_down": share_of(effective < 0, correct),
+        "lr": run.optimizer.param_groups[0]["lr"],
     }
-    metrics = {"step": run.state.step, "loss": None, "grad_norm": None}  # None: there was no update
-    for name, values in means.items():
-        metrics[name] = values.double().mean().item()
-    metrics["length_max"] = lengths.max().item()
-    metrics["wrong_pushed_up"] = share_of(advantages.effective > 0, ~correct)
-    metrics["right_pushed_down"] = share_of(advantages.effective < 0, correct)
-    metrics["lr"] = run.optimizer.param_groups[0]["lr"]
     for name in ("updates", "skipped_updates", "skipped_steps", "cursor", "tokens", "responses"):
         metrics[name] = getattr(run.state, name)
     return metrics
 
 
+def mean(values):
+    return values.double().mean().item()
+
+
 def share_of(holds, responses):
-    """Share of these responses for which it holds; 0 if there are none."""
-    count = int(responses.sum())
-    return int((holds & responses).sum()) / max(count, 1)
+    """Share of these responses for which something holds; 0 if there are none."""
+    return ((holds & responses).sum() / responses.sum().clamp(min=1)).item()
 
 
 def speed_metrics(clock, metrics, tokens_trained):
@@ -957,7 +917,7 @@ def speed_metrics(clock, metrics, tokens_trained):
     }
     for phase, count in tokens.items():
         seconds = speed.get(f"seconds_{phase}")
-        if count and seconds:
+        if seconds:
             speed[f"tokens_per_second_{phase}"] = count / seconds
     speed["peak_memory_gib"] = max(all_gather(peak_memory(clock.device))) / 2**30
     return speed
@@ -973,53 +933,45 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def group_lines(run, rollout, advantages):
+def group_lines(step, rollout, advantages):
     """The step's lines for groups.jsonl: a dict a prompt, in data order."""
     # Six digits are enough to recompute every formula, at a third of the size.
     rounded = copo.Advantages(*(x.mul(1e6).round().div(1e6).tolist() for x in advantages))
-    for i, problem in enumerate(rollout.problems):
-        classes = rollout.classes[i].tolist()
-        answers = {}
-        for label in sorted(set(classes)):
-            answers[str(label)] = rollout.answers[i][classes.index(label)]
-        yield {
-            "step": run.state.step,
-            "row": problem.row,
-            "H": rounded.entropy[i],
-            "R": rounded.global_rewards[i],
-            "global_adv": rounded.global_adv[i],
-            "correct": rollout.correct[i].int().tolist(),
-            "reward": rounded.rewards[i],
-            "class": classes,
-            "length": rollout.lengths[i].tolist(),
-            "finished": rollout.finished[i].int().tolist(),
-            "weight": rounded.weight[i],
-            "local_adv": rounded.local_adv[i],
-            "answers": answers,
-        }
+    columns = {
+        "row": [problem.row for problem in rollout.problems],
+        "H": rounded.entropy,
+        "R": rounded.global_rewards,
+        "global_adv": rounded.global_adv,
+        "correct": rollout.correct.int().tolist(),
+        "reward": rounded.rewards,
+        "class": rollout.classes.tolist(),
+        "length": rollout.lengths.tolist(),
+        "finished": rollout.finished.int().tolist(),
+        "weight": rounded.weight,
+        "local_adv": rounded.local_adv,
+    }
+    for i, answers in enumerate(rollout.answers):
+        line = {"step": step} | {name: column[i] for name, column in columns.items()}
+        classes = line["class"]
+        # of each class, the answer of its first response
+        firsts = {label: classes.index(label) for label in sorted(set(classes))}
+        line["answers"] = {str(label): answers[first] for label, first in firsts.items()}
+        yield line
 
 
 def one_line(text, width):
     """Model text in at most `width` characters that cannot move a cursor or break a log."""
-    characters = []
-    for character in text[: 4 * width]:
-        if character == "\n":
-            character = "⏎"
-        elif not character.isprintable():
-            character = "·"
-        characters.append(character)
-    text = "".join(characters)
+    text = text[: 4 * width].replace("\n", "⏎")
+    text = "".join(c if c.isprintable() else "·" for c in text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def sample_table(run, rollout, advantages):
+def sample_table(step, rollout, advantages):
     """A few responses to read, of the most mixed group and of one with equal verdicts."""
-    shares = rollout.correct.double().mean(dim=1)
-    chosen = [int((shares - 0.5).abs().argmin())]
+    mixed = int((rollout.correct.double().mean(dim=1) - 0.5).abs().argmin())
     equal = (~copo.is_mixed(rollout.correct)).nonzero()[:, 0].tolist()
-    chosen += [i for i in equal if i not in chosen][:1]
-    lines = [f"step {run.state.step}"]
-    for i in chosen:
+    lines = [f"step {step}"]
+    for i in [mixed, *(i for i in equal if i != mixed)][:2]:
         problem = rollout.problems[i]
         lines.append(
             f"  {one_line(problem.problem, 88)}   reference {one_line(problem.answer, 20)}   "
@@ -1027,8 +979,9 @@ def sample_table(run, rollout, advantages):
         )
         for j, text in enumerate(rollout.texts[i][:4]):
             verdict = "right" if rollout.correct[i, j] else "wrong"
-            advantage = advantages.effective[i, j]
-            lines.append(f"    {verdict}  A {advantage:+.2f}  {one_line(text, 90)}")
+            lines.append(
+                f"    {verdict}  A {advantages.effective[i, j]:+.2f}  {one_line(text, 90)}"
+            )
     return "\n".join(lines)
 
 
@@ -1049,13 +1002,11 @@ def console_line(m, steps):
 
 def raise_alarms(metrics, state):
     """Warn of a run that cannot learn: at the third such step in a row, then at every tenth."""
-    no_advantage = metrics["zero_gradient_groups"] == 1 or metrics["prompts_trained"] == 0
+    equal_rewards = metrics["zero_gradient_groups"] == 1 or metrics["prompts_trained"] == 0
     conditions = {
         "almost every response is cut off by --max-new-tokens": metrics["finished"] < 0.05,
-        "almost no response has an answer that the checker finds; look at samples.txt": (
-            metrics["no_answer"] > 0.95
-        ),
-        "no response has an advantage, since rewards are equal: nothing to learn": no_advantage,
+        "almost no response has an answer; look at samples.txt": metrics["no_answer"] > 0.95,
+        "no response has an advantage, since rewards are equal: nothing to learn": equal_rewards,
     }
     for message, holds in conditions.items():
         steps = state.alarms.get(message, 0) + 1 if holds else 0
@@ -1086,8 +1037,7 @@ def summarise(run):
             f"held-out mean@{run.args.eval_samples}: {before:.1%} before, {after:.1%} after "
             f"{last_step} steps; the best of all evaluations, {best:.1%}, was at step {best_step}"
         )
-    files = "metrics.jsonl eval.jsonl groups.jsonl samples.txt run.json checkpoints/ model/"
-    print0(f"run     {run.directory}: {files}")
+    print0(f"run     {run.directory}: {' '.join(RUN_FILES)} run.json checkpoints/ model/")
 
 
 # -------------------------------------------------------------------------- Checkpoints and exports
@@ -1317,8 +1267,6 @@ def load_reference(run):
 
 # ------------------------------------------------------------------------------- Start of the run
 
-FORMAT = 2  # of the run's files
-LAST_COMMIT_OF_FORMAT_1 = "ce7ac25"
 TINY_MODEL = HERE / "data/tiny"  # the demonstration's; its weights are drawn from --seed
 
 
@@ -1333,113 +1281,14 @@ def setup(args):
 
     The weights are only checked: load_weights() reads them, once it is clear that they will fit.
     """
-    source = args.model or TINY_MODEL
     masters = "float64" if args.dtype == "float64" else "float32"
+    source = args.model or TINY_MODEL
     model, tokenizer, stop_ids = load_model(source, masters, "meta", args.stop, args.seed)
     check_memory(model.config, args)
-    problems, prompts = read_training_data(args, tokenizer)
-    held_out, held_out_prompts = read_held_out_data(args, tokenizer, problems)
-    solutions = {}
-    if args.sft_steps:
-        solutions = encode_solutions(args, tokenizer, problems)
-    check_positions(args, model.config, problems, prompts, held_out_prompts, solutions)
-    return Run(
-        args=args,
-        algorithm=algorithm_of(args),
-        directory=Path(args.run_dir),
-        model=model,
-        tokenizer=tokenizer,
-        stop_ids=stop_ids,
-        problems=problems,
-        prompts=prompts,
-        solutions=solutions,
-        held_out=held_out,
-        held_out_prompts=held_out_prompts,
-        verifier=Verifier(
-            args.verifier_workers,
-            timeout=args.verifier_timeout,
-            memory_mb=args.verifier_memory,
-            reward=args.reward,
-        ),
-        clock=Clock(args.device),
-    )
-
-
-def read_problems(args, tokenizer, path, *options):
-    """Problems of a file and their prompts; says how many were dropped and why."""
-    dropped = Counter()
-    problems = []
-    prompts = []
-    for problem in load_problems(path, dropped, *options):
-        prompt = encode_prompt(tokenizer, problem.problem, args.system, args.instruction)
-        if len(prompt) > args.max_prompt_tokens:
-            dropped[f"prompt over {args.max_prompt_tokens} tokens"] += 1
-        else:
-            problems.append(problem)
-            prompts.append(prompt)
-    reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
-    print0(f"data    {path}: {len(problems)} problems{reasons}")
-    return problems, prompts
-
-
-def named_shapes(args):
-    """The shape that --problem-field and --answer-field describe, in a list, if they are given."""
-    return [(args.problem_field, args.answer_field, "solution")] if args.problem_field else []
-
-
-def read_training_data(args, tokenizer):
-    shapes = named_shapes(args) or SHAPES
-    fraction = args.data_fraction or 1.0
-    problems, prompts = read_problems(args, tokenizer, args.data, shapes, fraction, args.seed)
-    require(
-        len(problems) >= args.prompts_per_step,
-        f"--prompts-per-step {args.prompts_per_step}, but {args.data} has {len(problems)} usable "
-        "problems",
-    )
-    return problems, prompts
-
-
-def read_held_out_data(args, tokenizer, training_problems):
-    """The first --eval-problems of --eval-data; warns if the training data holds some of them."""
-    if not args.eval_data:
-        return [], []
-    shapes = [*named_shapes(args), *SHAPES]
-    problems, prompts = read_problems(args, tokenizer, args.eval_data, shapes)
-    require(problems, f"--eval-data {args.eval_data} has no usable problems")
-    if args.eval_problems:
-        problems = problems[: args.eval_problems]
-        prompts = prompts[: args.eval_problems]
-    seen = {same_text(problem.problem) for problem in training_problems}
-    overlap = [problem for problem in problems if same_text(problem.problem) in seen]
-    if overlap:
-        count = f"{len(overlap)} of {len(problems)}"
-        print0(f"WARNING {count} held-out problems are in the training data too")
-    return problems, prompts
-
-
-def encode_solutions(args, tokenizer, problems):
-    """{index of a problem: token ids of its solution and the end token}, for the warm start."""
-    end = tokenizer.eos_token_id
-    require(
-        end is not None,
-        f"{args.model}: the tokenizer has no end token, which the warm start would train",
-    )
-    solutions = {}
-    for i, problem in enumerate(problems):
-        if problem.solution:
-            ids = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-            solutions[i] = [*ids, end]
-    require(
-        solutions,
-        f"--sft-steps {args.sft_steps}, but no problem in {args.data} has a solution to learn from",
-    )
-    return solutions
-
-
-def check_positions(args, config, problems, prompts, held_out_prompts, solutions):
-    """Every prompt must leave room for its response within the positions of the model."""
-    positions = config.max_position_embeddings
-    longest = max(len(prompt) for prompt in prompts + held_out_prompts) + args.max_new_tokens
+    problems, prompts, held_out, held_out_prompts = read_data(args, tokenizer)
+    solutions = encode_solutions(args, tokenizer, problems) if args.sft_steps else {}
+    positions = model.config.max_position_embeddings
+    longest = max(map(len, prompts + held_out_prompts)) + args.max_new_tokens
     require(
         longest <= positions,
         f"the longest prompt and --max-new-tokens make {longest} tokens; the model has {positions} "
@@ -1452,6 +1301,89 @@ def check_positions(args, config, problems, prompts, held_out_prompts, solutions
             f"{args.data}:{problems[i].row + 1}: prompt and solution make {length} tokens; the "
             f"model has {positions} positions",
         )
+    return Run(
+        args=args,
+        algorithm=algorithm_of(args),
+        directory=Path(args.run_dir),
+        model=model,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        problems=problems,
+        prompts=prompts,
+        solutions=solutions,
+        held_out=held_out,
+        held_out_prompts=held_out_prompts,
+        verifier=make_verifier(args),
+        clock=Clock(args.device),
+    )
+
+
+def make_verifier(args):
+    return Verifier(
+        args.verifier_workers,
+        timeout=args.verifier_timeout,
+        memory_mb=args.verifier_memory,
+        reward=args.reward,
+    )
+
+
+def read_data(args, tokenizer):
+    """Problems and their prompts, held-out problems and their prompts; says what was dropped."""
+
+    def read(path, *options):
+        dropped = Counter()
+        problems = []
+        prompts = []
+        for problem in load_problems(path, dropped, *options):
+            prompt = encode_prompt(tokenizer, problem.problem, args.system, args.instruction)
+            if len(prompt) > args.max_prompt_tokens:
+                dropped[f"prompt over {args.max_prompt_tokens} tokens"] += 1
+            else:
+                problems.append(problem)
+                prompts.append(prompt)
+        reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
+        print0(f"data    {path}: {len(problems)} problems{reasons}")
+        return problems, prompts
+
+    shapes = []
+    if args.problem_field:
+        shapes = [(args.problem_field, args.answer_field, "solution")]
+    fraction = args.data_fraction or 1.0
+    problems, prompts = read(args.data, shapes or SHAPES, fraction, args.seed)
+    require(
+        len(problems) >= args.prompts_per_step,
+        f"--prompts-per-step {args.prompts_per_step}, but {args.data} has {len(problems)} usable "
+        "problems",
+    )
+    if not args.eval_data:
+        return problems, prompts, [], []
+    # The held-out file may also have one of the known shapes.
+    held_out, held_out_prompts = read(args.eval_data, [*shapes, *SHAPES])
+    require(held_out, f"--eval-data {args.eval_data} has no usable problems")
+    held_out = held_out[: args.eval_problems or None]
+    held_out_prompts = held_out_prompts[: args.eval_problems or None]
+    seen = {same_text(problem.problem) for problem in problems}
+    overlap = [problem for problem in held_out if same_text(problem.problem) in seen]
+    if overlap:
+        count = f"{len(overlap)} of {len(held_out)}"
+        print0(f"WARNING {count} held-out problems are in the training data too")
+    return problems, prompts, held_out, held_out_prompts
+
+
+def encode_solutions(args, tokenizer, problems):
+    """{index of a problem: token ids of its solution and the end token}, for the warm start."""
+    end = tokenizer.eos_token_id
+    require(end is not None, "--sft-steps trains the end token, and the tokenizer has none")
+    solutions = {}
+    for i, problem in enumerate(problems):
+        if problem.solution:
+            ids = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+            solutions[i] = [*ids, end]
+    require(
+        solutions,
+        f"--sft-steps {args.sft_steps}, but no problem in {args.data} has a solution to learn from",
+    )
+    return solutions
 
 
 def create_run_dir(run):
@@ -1466,13 +1398,13 @@ def load_state(run):
     run.optimizer = make_optimizer(run.model, args)
     if args.resume:
         load_checkpoint(run)
+    parameters = sum(p.numel() for p in run.model.parameters())
     if rank() == 0:
-        record_run(run)
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+        record_run(run, parameters)
     updates = args.prompts_per_step // args.minibatch_prompts
     print0(
-        f"model   {run.model.source}: {parameters:.1f} M parameters, {args.dtype}, {args.device}, "
-        f"{world_size()} × {torch.get_num_threads()} threads"
+        f"model   {run.model.source}: {parameters / 1e6:.1f} M parameters, {args.dtype}, "
+        f"{args.device}, {world_size()} × {torch.get_num_threads()} threads"
     )
     print0(
         f"run     {run.directory}: {args.algo} (blend {args.blend}), P {args.prompts_per_step} × "
@@ -1481,7 +1413,10 @@ def load_state(run):
     )
 
 
-def record_run(run):
+FORMAT = 2  # of run.json and what lies beside it
+
+
+def record_run(run, parameters):
     """Write run.json: format, flags, versions, commit; on resume, also which flags have changed."""
     flags = dict(sorted(vars(run.args).items()))
     if run.args.resume:
@@ -1490,33 +1425,29 @@ def record_run(run):
         changed = {}
         for name, value in flags.items():
             if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value:
-                changed[name] = [before.get(name), value]
-                was = f"was {before.get(name)} and is now {value}"
-                print0(f"WARNING {flag(name)} {was}: from here on this is another run")
-        resumed = {"step": run.state.step, "changed": changed}
-        run.run_info.setdefault("resumed", []).append(resumed)
+                old = before.get(name)
+                changed[name] = [old, value]
+                news = f"{flag(name)} was {old} and is now {value}"
+                print0(f"WARNING {news}: from here on this is another run")
+        resumes = run.run_info.setdefault("resumed", [])
+        resumes.append({"step": run.state.step, "changed": changed})
         run.run_info.pop("ended", None)
     else:
+        command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         packages = ("torch", "transformers", "safetensors", "numpy", "tqdm", "sympy")
         run.run_info = {
             "format": FORMAT,
             "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
             "command": sys.argv,
-            "commit": current_commit(),
+            "commit": commit.strip() or None,  # None: outside of git
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "python": platform.python_version(),
             "host": platform.platform(),
             "threads": torch.get_num_threads(),
-            "parameters": sum(p.numel() for p in run.model.parameters()),
+            "parameters": parameters,
         }
     write_run_info(run, flags=flags)
-
-
-def current_commit():
-    """The commit of this code, None outside of git."""
-    command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
 
 
 def write_run_info(run, **entries):
@@ -1531,76 +1462,60 @@ def write_run_info(run, **entries):
 
 
 def memory_plan(config, args, ranks):
-    """GiB that each of `ranks` ranks needs, at the longest prompts and responses: {purpose: GiB}.
+    """GiB that each of `ranks` ranks needs at the longest prompts and responses: {purpose: GiB}.
 
-    "exact" sums up the weights, gradients and optimiser that are there at the same time; "total"
-    adds estimates: of the cache in a rollout, or of what autograd keeps for one micro-batch.
+    "exact" sums up the weights, gradients and optimiser that are there at the same time. "total"
+    adds estimates: a rollout's cache, or what an update gathers from other ranks and keeps of a
+    micro-batch for the backward pass.
     """
     with torch.device("meta"):
         model = Transformer(config)
-    layers = config.num_hidden_layers
     parameters = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = parameters - layers * block  # embeddings, final norm and head
-    sharded = is_sharded(args, ranks)
-    wide = 8 if args.dtype == "float64" else 4  # bytes of a number in masters and gradients,
-    narrow = DTYPES[args.dtype].itemsize  # and of one in the compute type
-    on_device = 0 if args.cpu_offload else wide * parameters / ranks
+    layers = config.num_hidden_layers
+    wide = 8 if args.dtype == "float64" else 4  # bytes of a number in masters and gradients
+    narrow = DTYPES[args.dtype].itemsize  # in the compute type
+    masters = 0 if args.cpu_offload else wide * parameters / ranks
+    sampler = narrow * parameters
+    # Two blocks, embeddings and head, and the gradients of as much.
+    gathered = (parameters - (layers - 2) * block) * (2 * narrow + wide)
+    if not is_sharded(args, ranks):
+        sampler = gathered = 0
+    reference = narrow * parameters / ranks if args.kl_coef else 0
     longest = args.max_prompt_tokens + args.max_new_tokens
     rows = math.ceil(args.prompts_per_step / ranks) * args.group_size
     rows = min(rows, args.rollout_batch or rows)
-    kv_heads = config.num_key_value_heads * config.head_dim
-    # FSDP gathers a block and the next one, and embeddings and head throughout; gradients likewise.
-    gathered = (2 * block + root) * narrow + (block + root) * (narrow + wide)
-    tokens = max(args.micro_tokens, longest)
-    bytes_of = {
-        "masters": on_device,
-        "optimiser": 2 * on_device,
-        "gradients": on_device,
-        "sampler": narrow * parameters if sharded else 0,
-        "reference": narrow * parameters / ranks if args.kl_coef else 0,
-        "kv cache": rows * longest * layers * 2 * kv_heads * narrow,
-        "gathered": gathered if sharded else 0,
-        "activations": tokens * numbers_per_token(config, args) * narrow,
-        # a few chunks of them, and the gradient of the head
-        "logits": 3 * 4 * 2**24 + wide * config.vocab_size * config.hidden_size,
-    }
-    plan = {name: size / 2**30 for name, size in bytes_of.items()}
-    always = plan["masters"] + plan["optimiser"] + plan["reference"]
-    update = plan["gradients"] + (0 if args.free_sampler else plan["sampler"])
-    estimate = plan["gathered"] + plan["activations"] + plan["logits"]
-    plan["exact"] = always + max(update, plan["sampler"])
-    plan["total"] = always + max(update + estimate, plan["sampler"] + plan["kv cache"])
-    return plan
-
-
-def numbers_per_token(config, args):
-    """How many numbers autograd keeps for each token that the model runs."""
+    kv_size = config.num_key_value_heads * config.head_dim
+    cache = rows * longest * layers * 2 * kv_size * narrow
+    # A token leaves the inputs of norms, matrices and attention in each layer.
     size = config.hidden_size
-    heads = config.num_attention_heads * config.head_dim
-    kv_heads = config.num_key_value_heads * config.head_dim
-    # Inputs of two norms, of q/k/v, of o_proj and of gate/up; gate, silu(gate), up, their product.
-    in_layer = 4 * size + heads + 4 * config.intermediate_size
-    # q, k, v and the result of attention: once for every row that shares the token's prompt.
-    packed = args.max_prompt_tokens + args.group_size * args.max_new_tokens
-    padded = args.group_size * (args.max_prompt_tokens + args.max_new_tokens)
-    in_layer += 2 * (heads + kv_heads) * padded / packed
-    if args.activation_checkpointing:
-        return config.num_hidden_layers * size + in_layer
-    return config.num_hidden_layers * in_layer
+    in_layer = 4 * size + 4 * config.intermediate_size + 3 * size + 2 * kv_size
+    kept = layers * size + in_layer if args.activation_checkpointing else layers * in_layer
+    activations = max(args.micro_tokens, longest) * kept * narrow
+    always = 3 * masters + reference
+    update = masters + (0 if args.free_sampler else sampler)
+    bytes_of = {
+        "masters": masters,
+        "gradients": masters,
+        "optimiser": 2 * masters,
+        "sampler": sampler,
+        "reference": reference,
+        "kv cache": cache,
+        "gathered": gathered,
+        "activations": activations,
+        "exact": always + max(update, sampler),
+        "total": always + max(update + gathered + activations, sampler + cache),
+    }
+    return {name: size / 2**30 for name, size in bytes_of.items()}
 
 
 def print_plan(args):
     """--plan: the memory that these flags need."""
     directory = model_directory(args.model or TINY_MODEL)
     config = Config.parse(json.loads((directory / "config.json").read_text()))
-    plan = memory_plan(config, args, args.plan)
-    print(
-        f"GiB on each of {args.plan} ranks, {args.dtype}, {directory}; exact and total: at the "
-        "fullest moment"
-    )
-    print("  ".join(f"{name:>{max(len(name), 7)}}" for name in plan))
-    print("  ".join(f"{value:>{max(len(name), 7)}.2f}" for name, value in plan.items()))
+    print(f"GiB on each of {args.plan} ranks, {args.dtype}, {directory}")
+    for name, size in memory_plan(config, args, args.plan).items():
+        print(f"{name:<12}{size:10.2f}")
 
 
 def check_memory(config, args):
@@ -1622,13 +1537,13 @@ def check_memory(config, args):
 
 
 def device_memory(device):
-    """GiB of a rank's device: (all, free). A machine's own memory is shared by its ranks."""
+    """GiB that a rank has, and how much of it is free. Ranks share the memory of their machine."""
     if device == "cuda":
         free, there = torch.cuda.mem_get_info()
-        return there / 2**30, free / 2**30
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    there /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return there, there
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there = free = there / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return there / 2**30, free / 2**30
 
 
 # ------------------------------------------------------------------------------------------ Flags
@@ -1901,8 +1816,7 @@ def resumed_flags(cli_args):
     run_info = json.loads(path.read_text())
     require(
         run_info.get("format") == FORMAT,
-        f"--run-dir {run_dir} was made by older code: go on with it at commit "
-        f"{LAST_COMMIT_OF_FORMAT_1}",
+        f"--run-dir {run_dir} was made by other code: go on with it at commit ce7ac25",
     )
     flags = run_info["flags"]
     for name in MUST_MATCH_ON_RESUME:
