@@ -57,6 +57,7 @@ LLAMA3_FIELDS = (
     "original_max_position_embeddings",
 )
 SHARD_BYTES = 4 * 2**30  # of one safetensors file at most
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}  # numbers of token_logprobs' chunk, by device
 READABLE = (".safetensors", ".index.json")
 UNREADABLE = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
 WEIGHT_FILES = READABLE + UNREADABLE
@@ -193,6 +194,12 @@ def causal_attention(q, k, v):
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and q.dtype == torch.float32:
+        # PyTorch 2.13 has no float32 kernel for grouped heads on CUDA but the one that holds the
+        # whole (B,H,T,T) matrix. So the keys and values are repeated.
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        grouped = False
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return out.transpose(1, 2)
 
@@ -226,17 +233,21 @@ class Attention(nn.Module):
 
         packing: x is then one line of tokens (1,N,D), and only attention sees rows, which the pair
         (pad_index, unpad_index) makes and undoes: see Transformer.packed_logprobs."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        q = apply_rotary_emb(self.q_norm(q), cos, sin)
-        k = apply_rotary_emb(self.k_norm(k), cos, sin)
+        heads = [q.shape[2], k.shape[2]]
+        # Together, because few large kernels keep a GPU busier than many small ones.
+        qk = apply_rotary_emb(torch.cat([q, k], 2), cos, sin)
         if packing is None:
+            q, k = qk.split(heads, 2)
             out = attention(q, k, v)
         else:
             pad_index, unpad_index = packing
-            q, k, v = (take_rows(part[0], pad_index) for part in (q, k, v))
-            out = take_rows(attention(q, k, v).flatten(0, 1), unpad_index)[None]
+            qkv = take_rows(torch.cat([qk, v], 2)[0], pad_index)  # (B,T,H+2K,E)
+            q, k, v = qkv.split([*heads, v.shape[2]], 2)
+            # Each place is taken at most once, so this gradient needs no sums in a fixed order.
+            out = attention(q, k, v).flatten(0, 1).index_select(0, unpad_index)[None]
         return self.o_proj(out.flatten(2))
 
 
@@ -293,16 +304,17 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids, positions=None, attention=None, packing=None):
+    def forward(self, ids, positions=None, rotary=None, attention=None, packing=None):
         """ids (B,T) -> hidden states (B,T,D) after the final norm. logits() is apart, since few
         positions need it.
 
-        positions (B,T): 0, 1, 2, … unless given. attention(layer, q, k, v): what takes
-        causal_attention's place, such as one that reads a cache. packing: see Attention."""
+        positions (B,T): 0, 1, 2, … unless given. rotary: their rotary_tables, where the caller has
+        them already. attention(layer, q, k, v): what takes causal_attention's place, such as one
+        that reads a cache. packing: see Attention."""
+        x = self.model.embed_tokens(ids)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        x = self.model.embed_tokens(ids)
-        cos, sin = rotary_tables(self.config, positions, x.dtype)
+        cos, sin = rotary or rotary_tables(self.config, positions, x.dtype)
         for layer, block in enumerate(self.model.layers):
             attend = partial(attention, layer) if attention else causal_attention
             x = block(x, cos, sin, attend, packing)
@@ -566,7 +578,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, chunk=None):
     """Log-prob of each target and entropy, in nats: hidden (N,D), weight (V,D), targets (N,) -> two
     (N,), float32 at least.
 
-    Never holds (N,V): only `chunk` rows of logits, 2^24 numbers by default. The entropy has no
-    gradient."""
-    chunk = chunk or max(16, 2**24 // len(weight))
+    Never holds (N,V): only `chunk` rows of logits, by default CHUNK_LOGITS numbers. The entropy has
+    no gradient."""
+    chunk = chunk or max(16, CHUNK_LOGITS[hidden.device.type] // len(weight))
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)

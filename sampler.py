@@ -27,47 +27,46 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from model import Transformer, causal_attention, model_directory
+from model import Transformer, causal_attention, model_directory, rotary_tables
 
 # What follows a problem unless --instruction says otherwise: what Qwen2.5 models were tuned with.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 4096}  # padded prompt tokens of one forward pass, at most
 SYNC_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks at the finished rows: a GPU waits
-CACHE_BLOCK = 128  # tokens by which the cache grows
-MASK64 = 2**64 - 1
+# Rows and keys of a decoding pass are rounded up to multiples of these, so that a GPU meets few
+# shapes: each new one costs it a plan, or a graph.
+ROW_STEP = {"cpu": 1, "cuda": 32}
+KEY_STEP = {"cpu": 32, "cuda": 256}
+GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64  # the increment of splitmix64, as a signed number
 
 
 # ---------------------------------------------------------------------------- noise and tokens
 
 
+def logical_shift(x, bits):
+    """x >> bits of int64, with zeros from the left (`>>` copies the sign bit)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
 def splitmix64(x):
-    """splitmix64's finaliser: every bit of a 64-bit integer reaches every bit of the result."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK64
-    return x ^ (x >> 31)
+    """splitmix64's finaliser of int64: every bit reaches every bit. Products wrap."""
+    x = (x ^ logical_shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ logical_shift(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ logical_shift(x, 31)
 
 
 def noise_key(*parts):
-    """One signed 64-bit key of several non-negative integers: seed, step, data row, sample."""
-    key = 0
+    """int64 keys of seed, step, data row and sample: numbers or tensors, which broadcast."""
+    key = torch.zeros((), dtype=torch.long)
     for part in parts:
-        key = splitmix64((key + part + 1) * 0x9E3779B97F4A7C15 & MASK64)
-    return key - 2**64 if key >= 2**63 else key
+        key = splitmix64((key + part + 1) * GOLDEN_RATIO)
+    return key
 
 
 def uniform(keys, positions):
-    """float64 noise in [0,1) for int64 keys and token positions, which broadcast.
-
-    splitmix64 again, in tensors whose products wrap."""
-
-    def shift(x, bits):  # logical: `>>` copies the sign bit, which the mask takes away
-        return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-    x = keys + (positions + 1) * (0x9E3779B97F4A7C15 - 2**64)
-    x = (x ^ shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ shift(x, 27)) * (0x94D049BB133111EB - 2**64)
-    x = x ^ shift(x, 31)
-    return shift(x, 11).double() * 2.0**-53
+    """float64 noise in [0,1) of keys and token positions, which broadcast."""
+    x = splitmix64(keys + (positions + 1) * GOLDEN_RATIO)
+    return logical_shift(x, 11).double() * 2.0**-53
 
 
 def filter_logits(logits, top_p, top_k):
@@ -87,120 +86,92 @@ def filter_logits(logits, top_p, top_k):
     return logits
 
 
-def _first_above(weights, target):
-    """First index whose running sum of weights (n,m) exceeds target (n,), and what of target is
-    left before it.
-
-    Never an index of weight 0, however the sums are rounded. If the target lies past the end, the
-    last index of a positive weight."""
-    sums = weights.cumsum(-1, dtype=torch.float64)
-    positive = sums.masked_fill(weights <= 0, -torch.inf)
-    hit = (positive > target[:, None]) | (positive >= positive.amax(-1, keepdim=True))
-    index = hit.byte().argmax(-1, keepdim=True)
-    before = sums.gather(-1, index) - weights.gather(-1, index)
-    return index[:, 0], target - before[:, 0]
-
-
 def sample_token(logits, noise, temperature=1.0, top_p=1.0, top_k=0):
     """Tokens and their log-probs from logits (n,V) and noise (n,) in [0,1), by the inverse of the
-    distribution function. Overwrites logits.
+    distribution function.
 
     Temperature 0 takes the most likely token; its log-prob is then that of temperature 1."""
     if temperature > 0:
-        logits = filter_logits(logits.div_(temperature), top_p, top_k)
-    else:
-        token = logits.argmax(-1)
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp()
-    # Sums over blocks of the vocabulary first: about √V blocks, with about √V tokens in each.
-    vocab = weights.shape[1]
-    size = 1 << (vocab.bit_length() + 1) // 2
-    blocks = F.pad(weights, (0, -vocab % size)).view(len(weights), -1, size)
-    sums = blocks.sum(-1)
-    total = sums.sum(-1, dtype=torch.float64)
+        logits = filter_logits(logits / temperature, top_p, top_k)
+    logits = logits - logits.amax(-1, keepdim=True)
+    sums = logits.exp().cumsum(-1, dtype=torch.float64)
+    total = sums[:, -1:]
     if temperature > 0:
-        # The first token whose running sum of weights exceeds noise · total: its block, then its
-        # place in the block.
-        block, rest = _first_above(sums, noise * total)
-        row = torch.arange(len(blocks), device=block.device)
-        inside, _ = _first_above(blocks[row, block], rest)
-        token = block * size + inside
+        # The first token whose running sum exceeds noise · total. That is below total, so a token
+        # of probability 0 is never taken; the clamp is for logits that are not numbers.
+        token = torch.searchsorted(sums, noise[:, None] * total, right=True)
+        token = token.clamp_(max=logits.shape[1] - 1)
+    else:
+        token = logits.argmax(-1, keepdim=True)
     # log p_y = x_y − log Σ e^x, over what the filters left (x: logits less their maximum)
-    logprob = logits.gather(-1, token[:, None])[:, 0] - total.log()
-    return token, logprob.to(logits.dtype)
+    logprob = logits.gather(-1, token) - total.log()
+    return token[:, 0], logprob[:, 0].to(logits.dtype)
 
 
 # ---------------------------------------------------------------------------- the cache
 
 
+def round_up(number, step):
+    return -(-number // step) * step
+
+
+def cache_capacity(tokens, device):
+    """Tokens that a row of the cache has room for, where prompt and response have `tokens`."""
+    return round_up(tokens, KEY_STEP[torch.device(device).type])
+
+
+def cache_bytes(config, rows, capacity, dtype):
+    """Bytes of a KVCache of these sizes."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return rows * capacity * numbers * dtype.itemsize
+
+
 class KVCache:
-    """Keys and values of `rows` rows, filled from index 0 without gaps.
+    """Keys and values of `rows` rows of up to `capacity` tokens, allocated once. No gradients.
 
-    lengths (rows,) says how many tokens each row holds; `longest` is an upper bound that the host
-    knows, so that nothing is read back from a device. The cache grows as rows get longer. No
-    gradients."""
+    A row's tokens stand at its front, in order. What lies behind them is never seen, but must be
+    finite. The two methods that return an attention function are for Transformer.forward."""
 
-    def __init__(self, config, rows, capacity=0, dtype=torch.float32, device="cpu"):
+    def __init__(self, config, rows, capacity, dtype=torch.float32, device="cpu"):
         shape = (2, rows, config.num_key_value_heads, capacity, config.head_dim)  # keys, values
         layers = range(config.num_hidden_layers)
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.longest = 0
 
-    def forward(self, model, ids, lengths=None):
-        """Run ids (B,T), which follow what the first B rows hold -> hidden (B,T,D).
+    def prompt_attention(self, first, source):
+        """Attention of whole prompts (P,T): row first + i of the cache gets the keys and values of
+        prompt source[i]."""
+        rows = slice(first, first + len(source))
 
-        lengths (B,): how many tokens of each row are real (all, if not given)."""
-        rows, tokens = ids.shape
-        start = self.longest
-        self.longest += tokens
-        self.reserve(self.longest)
-        device = self.lengths.device
-        self.row = torch.arange(rows, device=device)[:, None]
-        self.column = self.lengths[:rows, None] + torch.arange(tokens, device=device)
-        self.lengths[:rows] += tokens if lengths is None else lengths
-        self.mask = None  # on an empty cache causality is mask enough
-        if start:
-            # A query sees the keys up to its own position: 0 there and −inf beyond.
-            hidden = torch.arange(self.longest, device=device) > self.column[:, :, None]
-            self.mask = torch.zeros(hidden.shape, dtype=self.layers[0].dtype, device=device)
-            self.mask.masked_fill_(hidden, -torch.inf)
-        return model(ids, positions=self.column, attention=self.attend)
-
-    def attend(self, layer, q, k, v):
-        """Store k and v (B,T,K,E) at the positions of forward(), and attend: q (B,T,H,E) -> like
-        q."""
-        keys, values = self.layers[layer]
-        if self.mask is None:
-            keys[: len(k), :, : self.longest] = k.transpose(1, 2)
-            values[: len(v), :, : self.longest] = v.transpose(1, 2)
+        def attention(layer, q, k, v):
+            pairs = torch.stack([k, v]).transpose(2, 3)  # (2,P,K,T,E)
+            self.layers[layer][:, rows, :, : k.shape[1]] = pairs[:, source]
             return causal_attention(q, k, v)
-        keys[self.row, :, self.column] = k
-        values[self.row, :, self.column] = v
-        keys = keys[: len(q), :, : self.longest]
-        values = values[: len(q), :, : self.longest]
-        # The query heads of one key/value head stand in line as if they were its queries, so that
-        # the cache is never repeated: (B,T,H,E) -> (B,K,H/K·T,E).
-        group = q.shape[2] // keys.shape[1]
-        folded = q.transpose(1, 2).reshape(len(q), keys.shape[1], -1, q.shape[-1])
-        mask = self.mask[:, None].repeat(1, 1, group, 1)
-        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-        return out.reshape(len(q), q.shape[2], -1, q.shape[-1]).transpose(1, 2)
 
-    def copy_rows(self, source, source_rows, target_rows):
-        """Copy rows of `source` (this cache or another) into rows of this one."""
-        self.longest = max(self.longest, source.longest)
-        self.reserve(self.longest)
-        for ours, theirs in zip(self.layers, source.layers):
-            ours[:, target_rows, :, : source.longest] = theirs[:, source_rows, :, : source.longest]
-        self.lengths[target_rows] = source.lengths[source_rows]
+        return attention
 
-    def reserve(self, capacity):
-        """Make room for at least `capacity` tokens a row, in blocks."""
-        capacity = -(-capacity // CACHE_BLOCK) * CACHE_BLOCK
-        for i, old in enumerate(self.layers):  # layer by layer: only one is ever held twice
-            if old.shape[3] < capacity:
-                self.layers[i] = old.new_zeros(*old.shape[:3], capacity, old.shape[4])
-                self.layers[i][:, :, :, : old.shape[3]] = old
+    def token_attention(self, position, num_keys):
+        """Attention of one new token in each of the first n rows: it is stored at position (n,),
+        and sees the keys up to there. num_keys: how many are read, the same for all rows."""
+        row = torch.arange(len(position), device=position.device)
+        hidden = torch.arange(num_keys, device=position.device) > position[:, None]
+        mask = torch.zeros(hidden.shape, dtype=self.layers[0].dtype, device=position.device)
+        mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]  # (n,1,1,num_keys)
+
+        def attention(layer, q, k, v):
+            self.layers[layer][:, row, :, position] = torch.cat([k, v], 1)  # (n,2,K,E)
+            keys, values = self.layers[layer][:, : len(q), :, :num_keys]
+            # The query heads that share a key/value head stand in line as if they were its
+            # queries, so no key is repeated: (n,1,H,E) -> (n,K,H/K,E).
+            grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+            return out.reshape(q.shape)  # not view: the kernel decides the layout
+
+        return attention
+
+    def move_rows(self, source, target, num_keys):
+        """Copy the first num_keys tokens of rows source (m,) into rows target (m,)."""
+        for layer in self.layers:
+            layer[:, target, :, :num_keys] = layer[:, source, :, :num_keys]
 
 
 # ---------------------------------------------------------------------------- generate
@@ -216,11 +187,10 @@ class Samples(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A part of a group: samples first … first + count − 1 of a prompt."""
+    """Some samples of one prompt, which still have to be drawn."""
 
-    prompt: int
-    first: int
-    count: int
+    prompt: list  # token ids
+    rows: range  # of the output
 
 
 def build_queue(prompts, max_rows, group_size):
@@ -230,115 +200,144 @@ def build_queue(prompts, max_rows, group_size):
     size = min(group_size, max_rows)
     queue = deque()
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        for first in range(0, group_size, size):
-            queue.append(Work(i, first, min(size, group_size - first)))
+        end = (i + 1) * group_size
+        for first in range(i * group_size, end, size):
+            queue.append(Work(prompts[i], range(first, min(first + size, end))))
     return queue
 
 
-def next_prefill_batch(queue, prompts, free_rows, token_budget):
+def next_prefill_batch(queue, free_rows, token_budget):
     """Pop the work that fits into the free rows and the prefill token budget (at least one)."""
     batch = []
-    while queue and queue[0].count <= free_rows:
-        longest = len(prompts[batch[0].prompt]) if batch else 0  # the queue is sorted by length
-        if (len(batch) + 1) * longest > token_budget:
+    while queue and len(queue[0].rows) <= free_rows:
+        # Padded tokens; the first prompt is the longest.
+        if batch and (len(batch) + 1) * len(batch[0].prompt) > token_budget:
             break
         batch.append(queue.popleft())
-        free_rows -= batch[-1].count
+        free_rows -= len(batch[-1].rows)
     return batch
 
 
 class Decoder:
-    """The rows in flight, rows 0…n−1 of the cache, and the responses of all B rows so far."""
+    """The rows in flight, and the responses so far of all B rows of the output.
 
-    def __init__(self, model, max_rows, limits, keys, stop_ids, sampling):
+    All tensors are allocated once and changed in place. Row i of `state` and of the cache belong
+    together; the first num_rows are in flight, the others idle."""
+
+    def __init__(self, model, max_rows, capacity, limits, keys, stop_ids, sampling):
         weight = model.model.embed_tokens.weight
         self.model = model
         self.sampling = sampling  # keyword arguments of sample_token
-        self.device = device = weight.device
-        self.cache = KVCache(model.config, max_rows, dtype=weight.dtype, device=device)
-        # One column more than a response can need: finished rows write there until they leave.
-        self.width = max(limits)
-        shape = (len(limits), self.width + 1)
+        self.device = weight.device
+        self.limits = limits
+        self.capacity = capacity
+        self.cache = KVCache(model.config, max_rows, capacity, weight.dtype, self.device)
+        positions = torch.arange(capacity, device=self.device)[:, None]
+        tables = rotary_tables(model.config, positions, weight.dtype)
+        self.rotary = torch.stack(tables, 1)  # (capacity,2,1,1,E)
+        # One row and one column more than needed: idle rows write into that row, finished ones
+        # behind their ends.
+        shape = (len(limits) + 1, max(limits) + 1)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(shape, dtype=wide, device=device)
-        self.lengths = torch.zeros(len(limits), dtype=torch.long, device=device)
-        self.finished = torch.zeros(len(limits), dtype=torch.bool, device=device)
-        self.limits = torch.tensor(limits, device=device)
-        self.keys = torch.tensor(keys, device=device)
-        self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-        # Of each row in flight: its row in the output, its last token, and whether it is done.
-        self.row = torch.zeros(0, dtype=torch.long, device=device)
-        self.token = torch.zeros(0, dtype=torch.long, device=device)
-        self.done = torch.zeros(0, dtype=torch.bool, device=device)
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.logprobs = torch.zeros(shape, dtype=wide, device=self.device)
+        keys = F.pad(keys, (0, 1)).to(self.device)
+        self.noise = uniform(keys[:, None], torch.arange(shape[1], device=self.device))
+        self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.device)
+        # Of each row: its row in the output, its last token and that token's position, tokens
+        # drawn, most to draw, 1 while it goes on.
+        idle = torch.tensor([len(limits), 0, 0, 0, 0, 0], device=self.device)
+        self.idle = idle[:, None]
+        self.state = self.idle.repeat(1, max_rows)  # (6,max_rows)
+        self.num_rows = 0
+        self.num_keys = 0  # tokens in the cache of the longest row, at most
+        self.lengths = [0] * len(limits)  # tokens drawn for each row of the output, when last seen
 
-    def prefill(self, prompts, source, row):
-        """Run prompts, and put row[i] of the output in flight behind prompt source[i]."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            ids[i, : len(prompt)] = torch.tensor(prompt)
-        embedding = self.model.model.embed_tokens.weight
-        shape = (len(prompts), ids.shape[1])
-        cache = KVCache(self.model.config, *shape, embedding.dtype, self.device)
-        hidden = cache.forward(self.model, ids.to(self.device), lengths)
-        ends = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
-
+    def prefill(self, batch):
+        """Run the prompts of a batch of Work, and put their rows in flight."""
+        source = []
+        state = []
+        for i, work in enumerate(batch):
+            for row in work.rows:
+                source.append(i)
+                state.append([row, 0, len(work.prompt) - 1, 0, self.limits[row], 1])
+        longest = max(len(work.prompt) for work in batch)
+        padded = [work.prompt + [0] * (longest - len(work.prompt)) for work in batch]
+        ids = torch.tensor(padded, device=self.device)
         source = torch.tensor(source, device=self.device)
-        row = torch.tensor(row, device=self.device)
-        places = torch.arange(len(row), device=self.device) + len(self.row)
-        self.cache.copy_rows(cache, source, places)
-        undone = torch.zeros(len(row), dtype=torch.bool, device=self.device)
-        token, done = self.record(self.model.logits(ends)[source], row, undone)
-        self.row = torch.cat([self.row, row])
-        self.token = torch.cat([self.token, token])
-        self.done = torch.cat([self.done, done])
+        rows = slice(self.num_rows, self.num_rows + len(state))
+        self.state[:, rows] = torch.tensor(state, device=self.device).T
+
+        attention = self.cache.prompt_attention(self.num_rows, source)
+        hidden = self.model(ids, attention=attention)
+        position = self.state[2, rows]
+        logits = self.model.logits(hidden[source, position])
+        self.draw(rows, logits)
+        self.num_rows += len(state)
+        self.num_keys = max(self.num_keys, longest)
 
     def decode(self):
-        """Draw the next token of every row in flight."""
-        hidden = self.cache.forward(self.model, self.token[:, None])
-        logits = self.model.logits(hidden[:, 0])
-        self.token, self.done = self.record(logits, self.row, self.done)
+        """Draw the next token of every row in flight. Few shapes: rows and keys are rounded up."""
+        self.num_keys += 1
+        num_rows = round_up(self.num_rows, ROW_STEP[self.device.type])
+        num_keys = round_up(self.num_keys, KEY_STEP[self.device.type])
+        self.decode_pass(min(num_rows, self.state.shape[1]), min(num_keys, self.capacity))
 
-    def record(self, logits, row, done):
-        """Draw and store a token of each output row (n,) -> the tokens and the new done flags."""
-        position = self.lengths[row]  # within the response: the noise depends on it
-        noise = uniform(self.keys[row], position)
-        token, logprob = sample_token(logits, noise, **self.sampling)
-        column = position.masked_fill(done, self.width)
-        self.tokens[row, column] = token
-        self.logprobs[row, column] = logprob
-        self.finished[row] |= (token[:, None] == self.stops).any(1) & ~done
-        self.lengths[row] += ~done
-        return token, self.finished[row] | (self.lengths[row] >= self.limits[row])
+    def decode_pass(self, num_rows, num_keys):
+        """decode() of fixed shape. It reads nothing back from the device and leaves no new tensor,
+        so that it could be captured in a CUDA graph."""
+        _, token, position, *_ = self.state[:, :num_rows]
+        rotary = self.rotary[position].unbind(1)
+        attention = self.cache.token_attention(position, num_keys)
+        hidden = self.model(token[:, None], rotary=rotary, attention=attention)
+        self.draw(slice(num_rows), self.model.logits(hidden[:, 0]))
 
-    def compact(self):
-        """Move the last rows in flight into the places of those that are done."""
-        num_kept = int((~self.done).sum())
-        if num_kept == len(self.done):
-            return
-        kept = torch.arange(num_kept, device=self.device)
-        holes = self.done[:num_kept].nonzero()[:, 0]
-        movers = (~self.done[num_kept:]).nonzero()[:, 0] + num_kept
-        kept[holes] = movers
-        self.cache.copy_rows(self.cache, movers, holes)
-        self.cache.longest = int(self.cache.lengths[:num_kept].max()) if num_kept else 0
-        self.row = self.row[kept]
-        self.token = self.token[kept]
-        self.done = self.done[kept]
+    def draw(self, rows, logits):
+        """Draw and store one token of each of these rows (a slice). A row that is done stays where
+        it is."""
+        row, last, _, drawn, limit, live = self.state[:, rows]
+        token, logprob = sample_token(logits, self.noise[row, drawn], **self.sampling)
+        self.tokens[row, drawn] = token
+        self.logprobs[row, drawn] = logprob
+        last.copy_(token)
+        self.state[2:4, rows] += live  # position and tokens drawn
+        stopped = (token[:, None] == self.stops).any(1)
+        live *= (drawn < limit) & ~stopped
+
+    def drop_finished(self):
+        """Take finished rows out of flight; the last rows move into their places.
+
+        -> how many tokens were drawn since the last call. On a GPU the host waits here."""
+        before = sum(self.lengths)
+        row, _, position, drawn, _, live = self.state[:, : self.num_rows].tolist()
+        for i, count in zip(row, drawn):
+            self.lengths[i] = count
+        kept = [i for i, goes_on in enumerate(live) if goes_on]
+        self.num_keys = max((position[i] for i in kept), default=0)
+        movers = [i for i in kept if i >= len(kept)]
+        holes = sorted(set(range(len(kept))) - set(kept))
+        if movers:
+            source, target = torch.tensor([movers, holes], device=self.device)
+            self.cache.move_rows(source, target, self.num_keys)
+            self.state[:, target] = self.state[:, source]
+        self.state[:, len(kept) : self.num_rows] = self.idle
+        self.num_rows = len(kept)
+        return sum(self.lengths) - before
 
     def samples(self):
-        if not torch.isfinite(self.logprobs).all():
+        lengths = torch.tensor(self.lengths)
+        width = max(self.lengths)
+        beyond = torch.arange(width) >= lengths[:, None]
+        tokens = self.tokens[:-1, :width].cpu().masked_fill(beyond, 0)
+        logprobs = self.logprobs[:-1, :width].cpu().masked_fill(beyond, 0)
+        if not torch.isfinite(logprobs).all():
             raise ValueError("log-probs are not finite: the model's weights hold NaN or infinity")
-        width = int(self.lengths.max())
-        # Clones: a view would keep, and send to other ranks, the columns that were not needed.
-        tokens = self.tokens[:, :width].clone().cpu()
-        logprobs = self.logprobs[:, :width].clone().cpu()
-        return Samples(tokens, logprobs, self.lengths.cpu(), self.finished.cpu())
+        last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
+        return Samples(tokens, logprobs, lengths, torch.isin(last, self.stops.cpu()))
 
 
 def _check_request(model, prompts, group_size, limits, rows):
-    """ValueError if generate() cannot do what it is asked for."""
+    """ValueError if generate() cannot do what it is asked for -> tokens of the longest row."""
     total_rows = len(prompts) * group_size
     if total_rows == 0:
         raise ValueError(f"nothing to sample: {len(prompts)} prompts, group size {group_size}")
@@ -348,14 +347,15 @@ def _check_request(model, prompts, group_size, limits, rows):
         raise ValueError(
             f"max_new_tokens must be positive: one number, or one for each of the {total_rows} rows"
         )
-    total = max(len(prompts[b // group_size]) + limit for b, limit in enumerate(limits))
+    longest = max(len(prompts[b // group_size]) + limit for b, limit in enumerate(limits))
     allowed = model.config.max_position_embeddings
-    if total > allowed:
+    if longest > allowed:
         raise ValueError(
-            f"prompt and response of {total} tokens exceed the model's positions ({allowed})"
+            f"prompt and response of {longest} tokens exceed the model's positions ({allowed})"
         )
     if len(rows) != len(prompts):
         raise ValueError(f"rows names {len(rows)} data rows for {len(prompts)} prompts")
+    return longest
 
 
 @torch.no_grad()
@@ -372,6 +372,7 @@ def generate(
     step=0,
     rows=None,
     max_rows=0,
+    max_tokens=0,
     on_tokens=None,
     clock=nullcontext,
 ):
@@ -379,44 +380,39 @@ def generate(
 
     max_new_tokens: one limit, or one for each of the B rows. rows: the data row of each prompt, on
     which its noise depends (0, 1, 2, … unless given). max_rows: rows in flight, at most (0: all).
-    on_tokens(count) is told now and then how many tokens came since the last call; what it raises
-    ends the sampling. clock("prefill") is entered around the passes over prompts."""
+    max_tokens: what the cache has room for in each row (0: what these prompts need); one number for
+    many calls spares a GPU's allocator many sizes. on_tokens(count) is told now and then how many
+    tokens came since the last call; what it raises ends the sampling. clock("prefill") is entered
+    around the passes over prompts."""
     total_rows = len(prompts) * group_size
     limits = max_new_tokens
     if isinstance(max_new_tokens, int):
         limits = [max_new_tokens] * total_rows
-    rows = range(len(prompts)) if rows is None else rows
-    _check_request(model, prompts, group_size, limits, rows)
-    keys = [noise_key(seed, step, row, j) for row in rows for j in range(group_size)]
+    rows = list(range(len(prompts)) if rows is None else rows)
+    longest = _check_request(model, prompts, group_size, limits, rows)
     max_rows = min(max_rows or total_rows, total_rows)
+    device = model.model.embed_tokens.weight.device.type
+    capacity = cache_capacity(max(longest, max_tokens), device)
+    keys = noise_key(seed, step, torch.tensor(rows)[:, None], torch.arange(group_size)).flatten()
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    decoder = Decoder(model, max_rows, limits, keys, stop_ids, sampling)
-    device = decoder.device.type
+    decoder = Decoder(model, max_rows, capacity, limits, keys, stop_ids, sampling)
     queue = build_queue(prompts, max_rows, group_size)
-    ticks = reported = 0
-    while queue or len(decoder.row):
+    ticks = 0
+    while queue or decoder.num_rows:
         # A prefill holds up all rows in flight. It waits until a quarter of them are free.
-        free = max_rows - len(decoder.row)
-        if queue and free >= max(max_rows // 4, queue[0].count):
-            while batch := next_prefill_batch(queue, prompts, free, PREFILL_TOKENS[device]):
-                source = []
-                row = []
-                for i, work in enumerate(batch):
-                    source += [i] * work.count
-                    first = work.prompt * group_size + work.first
-                    row += range(first, first + work.count)
+        free = max_rows - decoder.num_rows
+        if queue and free >= max(max_rows // 4, len(queue[0].rows)):
+            while batch := next_prefill_batch(queue, free, PREFILL_TOKENS[device]):
                 with clock("prefill"):
-                    decoder.prefill([prompts[work.prompt] for work in batch], source, row)
-                free -= len(row)
+                    decoder.prefill(batch)
+                free = max_rows - decoder.num_rows
         else:
             decoder.decode()
         ticks += 1
         if ticks % SYNC_EVERY[device] == 0:
-            decoder.compact()
+            count = decoder.drop_finished()
             if on_tokens is not None:
-                count = int(decoder.lengths.sum())
-                on_tokens(count - reported)
-                reported = count
+                on_tokens(count)
     return decoder.samples()
 
 
@@ -657,45 +653,33 @@ def generate_rollout(
             )
 
     def run_share(share):
-        """Indices of prompts -> for each: its Samples and texts, and the Group of its grades."""
-        share_prompts = [prompts[i] for i in share]
-        share_rows = [rows[i] for i in share]
+        """(problem, prompt, row) triples -> of each the Samples, the texts and their Group."""
+        asked, share_prompts, share_rows = zip(*share)
+        options.update(rows=share_rows, clock=clock)
         with clock("decode"):
-            samples = generate(
-                model,
-                share_prompts,
-                group_size,
-                max_new_tokens,
-                rows=share_rows,
-                clock=clock,
-                **options,
-            )
+            samples = generate(model, share_prompts, group_size, max_new_tokens, **options)
         with clock("verify"):
             texts = decode_groups(tokenizer, samples, group_size)
-            asked = [problems[i] for i in share]
-            grades = verifier.grade_groups(
+            groups = verifier.grade_groups(
                 texts,
                 [problem.answer for problem in asked],
                 problems=[problem.problem for problem in asked],
                 require_value=[problem.require_value for problem in asked],
             )
-        return list(zip(split_groups(samples, group_size), texts, grades))
+        return list(zip(split_groups(samples, group_size), texts, groups))
 
-    groups = map_over_ranks(list(range(len(prompts))), run_share)
-    samples, texts, grades = zip(*groups)
+    results = map_over_ranks(list(zip(problems, prompts, rows)), run_share)
+    samples, texts, groups = zip(*results)
     return Rollout(
-        problems=list(problems),
-        prompts=list(prompts),
-        tokens=_stack([group.tokens for group in samples]),
-        logprobs=_stack([group.logprobs for group in samples]),
-        lengths=_stack([group.lengths for group in samples]),
-        finished=_stack([group.finished for group in samples]),
-        correct=torch.tensor([group.correct for group in grades]),
-        rewards=torch.tensor([group.rewards for group in grades], dtype=torch.float64),
-        classes=torch.tensor([group.classes for group in grades]),
-        failed=[group.failed for group in grades],
+        list(problems),
+        list(prompts),
+        *map(_stack, zip(*samples)),  # tokens, log-probs, lengths, finished
+        correct=torch.tensor([group.correct for group in groups]),
+        rewards=torch.tensor([group.rewards for group in groups], dtype=torch.float64),
+        classes=torch.tensor([group.classes for group in groups]),
+        failed=[group.failed for group in groups],
         texts=list(texts),
-        answers=[group.answers for group in grades],
+        answers=[group.answers for group in groups],
     )
 
 
@@ -711,19 +695,7 @@ def decode_groups(tokenizer, samples, group_size):
 
 
 def split_groups(samples, group_size):
-    """Samples of P prompts -> P Samples of G rows, each as wide as its longest response.
-
-    Clones: a view would send the tensor of all prompts to other ranks."""
-    groups = []
-    for i in range(0, len(samples.lengths), group_size):
-        rows = slice(i, i + group_size)
-        width = int(samples.lengths[rows].max())
-        groups.append(
-            Samples(
-                samples.tokens[rows, :width].clone(),
-                samples.logprobs[rows, :width].clone(),
-                samples.lengths[rows].clone(),
-                samples.finished[rows].clone(),
-            )
-        )
-    return groups
+    """Samples of P prompts -> P Samples of G rows."""
+    parts = [part.unflatten(0, (-1, group_size)) for part in samples]
+    # Clones: a view would send the tensors of all prompts to other ranks.
+    return [Samples(*[group.clone() for group in groups]) for groups in zip(*parts)]

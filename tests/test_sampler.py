@@ -31,6 +31,8 @@ from sampler import (
     KVCache,
     Rollout,
     Samples,
+    cache_bytes,
+    cache_capacity,
     encode_prompt,
     generate,
     generate_rollout,
@@ -278,9 +280,8 @@ def test_uniform_is_splitmix64():
 
 
 def test_noise_is_uniform_and_uncorrelated():
-    keys = torch.tensor(
-        [noise_key(0, step, row, j) for step in range(3) for row in range(20) for j in range(8)]
-    )
+    steps, rows = torch.arange(3)[:, None, None], torch.arange(20)[:, None]
+    keys = noise_key(0, steps, rows, torch.arange(8)).flatten()
     assert len(set(keys.tolist())) == 480
     noise = uniform(keys[:, None].expand(-1, 200), torch.arange(200).expand(480, -1))
     assert noise.min() >= 0 and noise.max() < 1
@@ -414,25 +415,92 @@ def test_waiting_prompts_take_the_places_of_finished_rows(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_cache_in_pieces_equals_one_pass(kind):
-    """Ragged prefill, single tokens, several at a time, growth past the first block, fewer rows
-    than the cache."""
+    """Ragged prompts to several rows each, then token by token, with rows that move and rows whose
+    place another had before."""
     model = tiny(kind, dtype=torch.float64)
-    ids = torch.tensor(ragged_prompts([150] * 3))
-    lengths = torch.tensor([5, 11, 8])
+    ids = torch.tensor(ragged_prompts([40] * 4))
     whole = model(ids)
-    cache = KVCache(model.config, 4, dtype=torch.float64)
-    hidden = cache.forward(model, ids[:, :11], lengths)
-    for row, n in enumerate(lengths.tolist()):
-        torch.testing.assert_close(hidden[row, :n], whole[row, :n], atol=1e-10, rtol=0)
-    for size in (1, 3, 1, 125):
-        at = cache.lengths[:3, None] + torch.arange(size)
-        hidden = cache.forward(model, ids.gather(1, at))
-        expected = whole.gather(1, at[..., None].expand(-1, -1, whole.shape[-1]))
-        torch.testing.assert_close(hidden, expected, atol=1e-10, rtol=0)
-    assert cache.lengths.tolist() == [135, 141, 138, 0] and cache.layers[0].shape[3] == 256
-    cache.copy_rows(cache, torch.tensor([2]), torch.tensor([0]))
-    hidden = cache.forward(model, ids[[2, 1], 138:139])  # row 0 now holds what row 2 held
-    torch.testing.assert_close(hidden[0, 0], whole[2, 138], atol=1e-10, rtol=0)
+    cache = KVCache(model.config, 6, 64, torch.float64)
+    for layer in cache.layers:
+        layer.fill_(1e3)  # what a row held before must never be seen
+
+    def close(hidden, rows, positions):
+        torch.testing.assert_close(hidden, whole[rows, positions], atol=1e-10, rtol=0)
+
+    hidden = model(ids[:2, :11], attention=cache.prompt_attention(0, torch.tensor([1, 0, 1])))
+    close(hidden, torch.tensor([[0], [1]]), torch.arange(11))
+    model(ids[2:, :7], attention=cache.prompt_attention(3, torch.tensor([1, 0])))
+    rows = torch.tensor([1, 0, 1, 3, 2])
+    position = torch.tensor([11, 5, 9, 7, 3])  # shorter than their prompts: the rest is overwritten
+
+    def step(num_keys):
+        attention = cache.token_attention(position, num_keys)
+        token = ids[rows, position][:, None]
+        close(model(token, position[:, None], attention=attention)[:, 0], rows, position)
+
+    for num_keys in (12, 13, 32):
+        step(num_keys)
+        position += 1
+    cache.move_rows(torch.tensor([4, 3]), torch.tensor([0, 1]), 15)
+    rows, position = rows[[4, 3, 2]], position[[4, 3, 2]]
+    for _ in range(20):
+        step(64)
+        position += 1
+
+
+def test_a_rollout_allocates_one_cache_of_the_size_that_its_formula_says(monkeypatch):
+    """With max_tokens ten rollouts take ten times the same, whatever their prompts: a GPU's
+    allocator then needs no more than for the first."""
+    made, moves, init, move_rows = [], [], KVCache.__init__, KVCache.move_rows
+
+    def watched_init(self, *args, **options):
+        init(self, *args, **options)
+        made.append((self, [layer.data_ptr() for layer in self.layers]))
+
+    def watched_move(self, source, target, num_keys):
+        moves.append(len(source))
+        move_rows(self, source, target, num_keys)
+
+    monkeypatch.setattr(KVCache, "__init__", watched_init)
+    monkeypatch.setattr(KVCache, "move_rows", watched_move)
+    model = tiny()
+    limits = [3, 40, 7, 25, 5, 9, 30, 2, 19, 60]
+    for seed in range(10):
+        lengths = [1 + (seed * 7 + i * 3) % 30 for i in range(5)]
+        prompts = ragged_prompts(lengths, seed=seed)
+        generate(model, prompts, 2, limits, seed=seed, max_rows=6, max_tokens=130)
+        cache, addresses = made[-1]
+        assert [layer.data_ptr() for layer in cache.layers] == addresses  # nothing grew
+        sizes = {tuple(layer.shape) for layer in cache.layers}
+        assert sizes == {(2, 6, 2, 160, 4)}  # 130 in steps of 32
+        held = sum(layer.nbytes for layer in cache.layers)
+        assert held == cache_bytes(model.config, 6, cache_capacity(130, "cpu"), torch.float32)
+        assert held == 2 * 2 * 6 * 2 * 160 * 4 * 4  # layers, k and v, rows, heads, tokens, E, bytes
+    assert len(made) == 10 and len(moves) > 10
+    # Without max_tokens: what the prompts of this call need.
+    generate(model, ragged_prompts([5, 40]), 1, [50, 3])
+    assert made[-1][0].layers[0].shape == (2, 2, 2, 64, 4)
+
+
+def test_no_row_is_written_beyond_its_limit(monkeypatch):
+    """Finished rows stay in flight until the next look, and must neither advance nor grow."""
+    monkeypatch.setitem(sampler.SYNC_EVERY, "cpu", 8)
+    monkeypatch.setitem(sampler.ROW_STEP, "cpu", 16)
+    positions, attention = [], KVCache.token_attention
+
+    def watched(self, position, num_keys):
+        assert num_keys % 32 == 0 and int(position.max()) < num_keys
+        positions.append(position.tolist())
+        return attention(self, position, num_keys)
+
+    monkeypatch.setattr(KVCache, "token_attention", watched)
+    prompts, limits = ragged_prompts([3, 3, 3]), [30, 4, 4, 4, 4, 4]
+    generate(tiny(), prompts, 2, limits, max_rows=6)
+    assert {len(row) for row in positions} == {6}
+    # At most the position of each row's last token: 3 + its limit − 1. Idle rows stay at 0.
+    assert max(map(max, positions)) == 3 + 30 - 1
+    assert all(sorted(row)[-2] <= 6 for row in positions) and len(positions) >= 29
+    assert sorted(positions[-1])[:5] == [0] * 5
 
 
 def test_a_callback_can_end_the_sampling():
