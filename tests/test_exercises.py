@@ -1,0 +1,370 @@
+"""docs/exercises: what blank.py takes out, and the grader graded.
+
+Each mutant is a bug seen in public code, a replacement of text in the sources. It must cost its own
+exercise a point, with the sentence that names it. Bugs these tests guard against: a grader that
+accepts a misconception; a misconception that gets another one's sentence; a solution left in a
+student's file; a student's endless loop or crash that takes the grader along; a source that has
+moved on, so that a mutant tests nothing.
+"""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "exercises"))
+import blank
+import checks
+import grade
+
+ROOT = blank.ROOT
+NUMBERS = list(blank.EXERCISES)
+# (exercise, ((text, what takes its place), ...), a piece of the sentence that the grader must say)
+MUTANTS = (
+    (1, (("torch.log2(1 / share)", "torch.log(1 / share)"),), "in nats"),
+    (
+        1,
+        (
+            (
+                "same = classes[:, :, None] == classes[:, None, :]",
+                "same = (classes[:, :, None] == classes[:, None, :]) & (classes >= 0)[:, None]"
+                " | torch.eye(classes.shape[1], dtype=torch.bool)",
+            ),
+        ),
+        "missing answer",
+    ),
+    (
+        1,
+        (
+            (
+                "torch.log2(1 / share).mean(dim=1)",
+                "torch.log2(1 / share).mean(dim=1) / math.log2(classes.shape[1])",
+            ),
+        ),
+        "divided by log2 G",
+    ),
+    (2, (("/ max(values.shape[1] - 1, 1)", "/ values.shape[1]"),), "population"),
+    (2, (("torch.where(spread <= 1e-9, 0.0, centred)", "centred"),), "exactly 0"),
+    (
+        2,
+        (
+            ("torch.where(spread <= 1e-9, 0.0, centred)", "centred"),
+            ("/ max(values.shape[1] - 1, 1)", "/ (values.shape[1] - 1)"),
+        ),
+        "0/0",
+    ),
+    (2, (("    if scale:\n", "    if True:\n"),), "divided all the same"),
+    (3, (("rule.gate(correct)", "rule.gate(local_adv != 0)"),), "gate asks A^l"),
+    (
+        3,
+        (
+            (
+                "gamma * (entropy.to(local_adv) - rho)",
+                "gamma * (rho - entropy.to(local_adv))",
+            ),
+        ),
+        "reversed",
+    ),
+    (3, (("return is_mixed(correct)", "return correct.any(dim=1)"),), "one verdict only"),
+    (3, (("    return correct\n", "    return solved_group(correct)\n"),), "the gate of each"),
+    (4, (("-torch.minimum(ratio", "-torch.maximum(ratio"),), "the maximum"),
+    (4, (("torch.where(advantages < 0, bounded, loss)", "bounded"),), "where A > 0 too"),
+    (4, (("1 + clip_high", "1 + clip_low"),), "on both sides"),
+    (
+        4,
+        (
+            (
+                "ratio = clamped_difference(logprobs, old_logprobs).exp()\n    clipped",
+                "ratio = (logprobs - old_logprobs).exp()\n    clipped",
+            ),
+        ),
+        "infinite",
+    ),
+    (5, (("if num_tokens is None:", "if True:"),), "means of the micro-batches"),
+    (5, (("if num_sequences is None:", "if True:"),), "means of the micro-batches"),
+    (
+        5,
+        (("token_loss = torch.where(mask, token_loss, 0.0)", "token_loss = token_loss * mask"),),
+        "NaN · 0",
+    ),
+    (5, (("(lengths > 0).sum()", "torch.tensor(len(mask))"),), "counts as one"),
+    (5, (("(num_sequences * max_tokens)", "(num_sequences * mask.shape[1])"),), "padded length"),
+    (6, (("(stops_before == 0)", "((stops_before == 0) & ~is_stop)"),), "cut off"),
+    (6, (("(stops_before == 0)", "(stops_before >= 0)"),), "padding is trained"),
+    (6, (("tensor(stop_ids,", "tensor(stop_ids[:1],"),), "Each of the stop ids"),
+    (7, (("weight.T / temperature", "weight.T"),), "forgotten"),
+    (
+        7,
+        (("weight.T / temperature", "weight.T"), ("[:, 0]", "[:, 0] / temperature")),
+        "log-prob is divided",
+    ),
+    (7, (("logits.log_softmax(dim=1)", "logits.softmax(dim=1).log()"),), "logarithm of a softmax"),
+    (8, (("torch.expm1(distance) - distance", "-distance"),), "k1"),
+    (8, (("torch.expm1(distance) - distance", "torch.expm1(-distance) + distance"),), "reversed"),
+    (8, (("torch.expm1(distance) -", "torch.exp(distance) - 1 -"),), "all digits"),
+    (9, (("1 - math.comb(n - c, k) / math.comb(n, k)", "1 - (1 - c / n) ** k"),), "biased"),
+    (9, (("labels[labels >= 0]", "labels"),), "Silence votes"),
+    (
+        9,
+        (("len(correct_winners) / len(winners)", "float(winners[0] in correct_winners)"),),
+        "tie goes to the first",
+    ),
+    (10, (("tensor([len(tokens)]", "tensor([len(prompt + tokens)]"),), "noise's position"),
+    (
+        10,
+        (("tensor([noise_key(seed, step, i, j)]", "tensor([noise_key(seed, step, i, 0)]"),),
+        "noise of its own",
+    ),
+    (
+        10,
+        (("sample_token(logits, noise, temperature)", "sample_token(logits, noise)"),),
+        "Temperature",
+    ),
+    (11, (("\\\\boxed{-42}", "\\\\boxed{42}"),), "This response is right"),
+)
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory):
+    """A folder with the repository's own files, which solve every exercise."""
+    folder = tmp_path_factory.mktemp("solved")
+    for exercise in blank.EXERCISES.values():
+        shutil.copy(ROOT / exercise.source, folder / exercise.file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blanked(tmp_path_factory):
+    """A folder as a student gets it."""
+    folder = tmp_path_factory.mktemp("blanked") / "mine"
+    blank.main([str(folder)])
+    return folder
+
+
+def run_script(script, *arguments):
+    command = [sys.executable, ROOT / "docs" / "exercises" / script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+# ------------------------------------------------------------------------------------- the grader
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_repository_has_full_marks(number, solved):
+    for line in checks.run_checks(number, solved):
+        assert line["passed"], line
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_blanked_files_score_nothing_and_are_told_what_to_write(number, blanked):
+    for line in checks.run_checks(number, blanked):
+        assert not line["passed"]
+        assert f"exercise {number}: " in line["got"]
+        assert "is still to be written" in line["got"]
+
+
+def mutant_name(mutant):
+    if not isinstance(mutant, tuple):
+        return None
+    return " ".join(mutant[0][1].split())
+
+
+@pytest.mark.parametrize(
+    "number, replacements, sentence", MUTANTS, ids=lambda value: mutant_name(value)
+)
+def test_a_mutant_costs_its_exercise_a_point(number, replacements, sentence, tmp_path):
+    exercise = blank.EXERCISES[number]
+    text = (ROOT / exercise.source).read_text()
+    for old, new in replacements:
+        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {exercise.source}"
+        text = text.replace(old, new)
+    (tmp_path / exercise.file).write_text(text)
+    report = checks.run_checks(number, tmp_path)
+    failed = [line for line in report if not line["passed"]]
+    assert failed, "the grader takes it for right"
+    assert sentence in failed[0]["why"]  # the one that the student sees
+    assert failed[0]["got"] != failed[0]["expected"]
+
+
+def test_every_exercise_has_a_mutant_and_every_known_mistake_is_wrong():
+    assert {number for number, *_ in MUTANTS} == set(NUMBERS)
+    for number in NUMBERS:
+        for check in checks.read_checks(number)[0]:
+            for value, _ in check.mistakes:
+                assert not checks.agrees(value, check.expected, 2e-4), check
+
+
+def test_the_stop_token_of_exercise_10_is_sampled():
+    """The check of stop_ids compares with a response that the stop token cuts short."""
+    lengths = []
+    for check in checks.read_checks(10)[0]:
+        if "stop_ids" in check.call:
+            lengths.append(len(check.expected[0]))
+    assert lengths == [4]
+
+
+def test_numbers_agree_within_the_tolerance_only():
+    assert checks.agrees([1.0, 2], [1.0 + 1e-9, 2], 1e-5)
+    assert not checks.agrees([1.0], [1.0, 2.0], 1e-5)
+    assert not checks.agrees(1.0, [1.0], 1e-5)
+    assert not checks.agrees(float("nan"), 0.0, 1e-5)
+    assert not checks.agrees(None, 0.0, 1e-5)
+    assert checks.agrees(float("nan"), float("nan"), 0.0)
+    assert not checks.agrees(1e-17, 0.0, 0.0)
+
+
+# ------------------------------------------------------------------- a student's code is contained
+
+
+LOOP = """
+def response_lengths(tokens, stop_ids):
+    return tokens.new_tensor([3])
+
+def response_mask(lengths, width):
+    while True:
+        pass
+"""
+FAILURES = {
+    "a loop": (LOOP, "nothing within 2 s: an endless loop?", 1),
+    "a loop at import": ("while True: pass", "nothing within 2 s: an endless loop?", 0),
+    "a crash": ("import os\nos.kill(os.getpid(), 11)", "the process ended with exit code -11", 0),
+    "an exit": ("raise SystemExit(0)", "the process ended with exit code 0", 0),
+    "a syntax error": ("def broken(:", "SyntaxError", 0),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_bad_file_costs_its_exercise_only(kind, tmp_path):
+    text, said, points = FAILURES[kind]
+    (tmp_path / "lengths.py").write_text(text)
+    report = grade.run_exercise(6, tmp_path, time_limit=2)
+    passed = [line for line in report if line["passed"]]
+    assert len(report) == 4
+    assert len(passed) >= points
+    assert said in report[-1]["got"]
+    assert not report[-1]["passed"]
+
+
+def test_commands(solved, tmp_path):
+    """From blank to points, as a student types it."""
+    mine = tmp_path / "mine"
+    made = run_script("blank.py", mine, 6, 7)
+    assert made.returncode == 0
+    assert sorted(path.name for path in mine.iterdir()) == ["lengths.py", "logprobs.py"]
+    again = run_script("blank.py", mine, 6)
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1 and "is there already" in again.stderr
+
+    shutil.copy(solved / "lengths.py", mine)
+    graded = run_script("grade.py", mine, 6, 7)
+    assert graded.returncode == 1
+    lines = graded.stdout.splitlines()
+    assert lines[0] == " 6  4 of 4 points  response_lengths, response_mask"
+    assert lines[1] == " 7  0 of 4 points  plain_logprobs"
+    assert re.search(r"input +plain_logprobs\(", graded.stdout)
+    assert lines[-1] == "4 of 8 points"
+    assert run_script("grade.py", mine, 6).returncode == 0
+
+    for arguments in ((mine, 12), (mine, 1), (mine, "one"), ()):
+        wrong = run_script("grade.py", *arguments)
+        assert wrong.returncode == 2
+        assert wrong.stderr.startswith("grade.py: ") and wrong.stderr.count("\n") == 1
+
+
+# -------------------------------------------------------------------------------------- blank.py
+
+
+def functions_of(text):
+    return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_blank_keeps_signature_docstring_and_nothing_of_the_code(number, solved, blanked):
+    exercise = blank.EXERCISES[number]
+    whole = functions_of((solved / exercise.file).read_text())
+    blanks = functions_of((blanked / exercise.file).read_text())
+    assert list(blanks) == list(whole)
+    for name in exercise.functions:
+        assert ast.dump(blanks[name].args) == ast.dump(whole[name].args)
+        assert ast.get_docstring(blanks[name]) == ast.get_docstring(whole[name])
+        for node in ast.walk(blanks[name]):
+            assert not isinstance(node, ast.Assign | ast.AugAssign | ast.Return | ast.For)
+    to_write = {name for each in blank.EXERCISES.values() for name in each.functions}
+    for name in set(whole) - to_write:
+        assert ast.dump(blanks[name]) == ast.dump(whole[name])
+
+
+def test_equations_stay_in_their_places_and_other_comments_go():
+    source = '''
+def f(x, mode):
+    """Doc."""
+    # not an equation
+    y = x + 1  # y = trailing
+    # f = x²    (source)
+    # goes on
+    if mode == "a":
+        # f_a = 2x
+        return 2 * y
+    if y:
+        # f_y = x/2
+        return y
+    # last
+    return x
+
+
+def g(x):  # 1[x]
+    return x
+'''
+    raised = "raise " + blank.EXCEPTION
+    expected = f'''
+def f(x, mode):
+    """Doc."""
+    # f = x²    (source)
+    # goes on
+    if mode == "a":
+        # f_a = 2x
+        {raised}("exercise 1: f is still to be written")
+    # f_y = x/2
+    {raised}("exercise 1: f is still to be written")
+
+
+def g(x):  # 1[x]
+    {raised}("exercise 2: g is still to be written")
+'''
+    assert blank.blank_functions(source, {"f": 1, "g": 2}) == expected
+    with pytest.raises(ValueError, match="no function h"):
+        blank.blank_functions(source, {"h": 1})
+
+
+def test_only_the_functions_of_the_numbers_are_taken_out(tmp_path):
+    files = blank.blanked_files([4])
+    assert list(files) == ["copo.py"]
+    assert files["copo.py"].count("is still to be written") == 2
+    assert "exercise 4: clipped_loss" in files["copo.py"]
+
+
+def test_the_page_lists_the_exercises():
+    page = (ROOT / "docs" / "exercises" / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `(\S+)` \| (.+?) \| .+? \| (\d+) \|$", page, flags=re.M)
+    listed = {}
+    for number, file, functions, minutes in rows:
+        listed[int(number)] = (file, tuple(re.findall(r"`(\w+)`", functions)), int(minutes))
+    assert listed == {
+        number: (exercise.file, exercise.functions, exercise.minutes)
+        for number, exercise in blank.EXERCISES.items()
+    }
+
+
+def test_the_page_shows_what_the_grader_prints(tmp_path, capsys):
+    """The example of the page: exercise 1 in nats."""
+    text = (ROOT / "copo.py").read_text()
+    (tmp_path / "copo.py").write_text(text.replace("torch.log2(1 / share)", "torch.log(1 / share)"))
+    grade.print_report(1, checks.run_checks(1, tmp_path))
+    printed = capsys.readouterr().out
+    page = (ROOT / "docs" / "exercises" / "README.md").read_text()
+    shown = re.search(r"```text\n(.*?)```", page, flags=re.S)[1]
+    assert printed.splitlines()[1:] == shown.splitlines()[1:]
