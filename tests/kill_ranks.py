@@ -1,11 +1,12 @@
-"""Kills ranks of a run of two, again and again, and asks whether the run is still the one that was left in peace.
+"""Kills ranks of a run of two, again and again, and asks whether the run is still the one that was
+left in peace.
 
-    python tests/kill_ranks.py --kills 50          # ten minutes or so; docs/kills.md has what came of it
+    python tests/kill_ranks.py --kills 50     # about ten minutes; docs/kills.md has the results
 
-SIGKILL goes to a random rank at a random moment: while it starts, within a step, between a step's metrics and its
-checkpoint, within a save. torchrun --max-restarts starts the ranks again, and they go on by themselves. At the end
-weights, optimiser state, metrics and files are compared bit for bit with those of a run that nobody killed.
-"""
+SIGKILL goes to a random rank at a random moment: while it starts, within a step, between a step's
+metrics and its checkpoint, within a save. torchrun --max-restarts starts the ranks again, and they
+go on by themselves. At the end weights, optimiser state, metrics and files are compared bit for bit
+with those of a run that nobody killed."""
 
 import argparse
 import os
@@ -24,19 +25,33 @@ import tiny_runs  # noqa: E402
 
 import train  # noqa: E402
 
-FLAGS = {"steps": 12, "prompts_per_step": 10, "minibatch_prompts": 5, "micro_tokens": 40, "eval_every": 4, "keep": 3}
+FLAGS = {
+    "steps": 12,
+    "prompts_per_step": 10,
+    "minibatch_prompts": 5,
+    "micro_tokens": 40,
+    "eval_every": 4,
+    "keep": 3,
+}
 
 
 def torchrun(argv, restarts, log):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*launcher, "--max-restarts", str(restarts)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(ROOT / "train.py"), *argv], stdout=open(log, "w"), stderr=subprocess.STDOUT,
-                            env=environment)  # fmt: skip
+    return subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *argv],
+        stdout=open(log, "w"),
+        stderr=subprocess.STDOUT,
+        env=environment,
+    )
 
 
 def ranks_of(process):
-    return {int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()}
+    return {
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    }
 
 
 def wait(process, happened):
@@ -64,7 +79,8 @@ def moment(kind, process, directory, dice):
 
 
 def kill_and_compare(folder, kills, seed=0, say=print):
-    """The whole experiment -> why the disturbed run is another one, or None; and how many kills there were by kind."""
+    """The whole experiment -> why the disturbed run is another one, or None; and how many kills
+    there were by kind."""
     runs, dice = tiny_runs.Runs(folder), random.Random(seed)
     quiet, disturbed = folder / "quiet", folder / "disturbed"
     log = folder / "log"
@@ -82,7 +98,10 @@ def kill_and_compare(folder, kills, seed=0, say=print):
         alive = sorted(ranks_of(process) & before)
         os.kill(dice.choice(alive), signal.SIGKILL)
         done[kind] += 1
-        say(f"kill {done.total()}/{kills} {kind}; {len(list(disturbed.glob('checkpoints/step-*')))} checkpoints")
+        say(
+            f"kill {done.total()}/{kills} {kind}; "
+            f"{len(list(disturbed.glob('checkpoints/step-*')))} checkpoints"
+        )
     assert process.wait(300) == 0, log.read_text()[-3000:]
     return tiny_runs.difference(quiet, disturbed), done
 
@@ -95,8 +114,11 @@ def main():
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="copo-kills-") as folder:
         found, done = kill_and_compare(Path(folder), args.kills, args.seed)
-    print(f"{done.total()} kills ({', '.join(f'{count} {kind}' for kind, count in sorted(done.items()))}), "
-          f"{time.monotonic() - started:.0f} s: {found or 'the same run, bit for bit'}")  # fmt: skip
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
+    print(
+        f"{done.total()} kills ({kinds}), "
+        f"{time.monotonic() - started:.0f} s: {found or 'the same run, bit for bit'}"
+    )
     raise SystemExit(bool(found))
 
 

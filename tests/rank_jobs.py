@@ -1,14 +1,18 @@
-"""What test_train_ranks.py has several ranks do besides whole runs: work(JOB, FILE, FLAGS), or, where it matters that
-torchrun started them, torchrun rank_jobs.py JOB FILE FLAGS…
+"""What test_train_ranks.py has several ranks do besides whole runs: work(JOB, FILE, FLAGS), or,
+where it matters that torchrun started them, torchrun rank_jobs.py JOB FILE FLAGS…
 
-updates: one step's updates with every blend and with several token budgets, from the same weights; gradients, metrics.
-steps:   each step of another run again, from its checkpoint and with its responses (in FILE); the losses.
-uneven:  a run in which every second prompt's responses end at their first token, and all others run to the limit.
+updates: one step's updates with every blend and with several token budgets, from the same weights;
+         gradients, metrics.
+steps:   each step of another run again, from its checkpoint and with its responses (in FILE); the
+         losses.
+uneven:  a run in which every second prompt's responses end at their first token, and all others run
+         to the limit.
 broken:  a run in which rank 1 fails in the second step.
-ending:  a run after which the interpreter ends while a thread of gloo's waits for its lock, to let go of a tensor.
-"""
+ending:  a run after which the interpreter ends while a thread of gloo's waits for its lock, to let
+         go of a tensor."""
 
 import atexit
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -17,6 +21,7 @@ import tiny_runs
 import torch
 
 import copo
+import sampler
 import train
 
 BUDGETS = (1, 40, 10**6)  # tokens of a micro-batch: a sequence at a time, a few, all of a rank's
@@ -25,74 +30,100 @@ BUDGETS = (1, 40, 10**6)  # tokens of a micro-batch: a sequence at a time, a few
 def begin(argv):
     """What train.main does before its first step."""
     args = train.parse_args(argv)
-    train.join_ranks(args.device, args.timeout)
-    run = train.together(lambda: train.prepare(args))
-    train.together(lambda: train.claim(run))
-    run.clock, run.stop, run.verifier = train.Clock(args.device), train.Stop(), tiny_runs.Judge()
-    train.start(run)
+    train.init_distributed(args.device, args.timeout)
+    run = train.on_all_ranks(lambda: train.setup(args))
+    train.on_all_ranks(lambda: train.create_run_dir(run))
+    run.stop = train.StopSignal()
+    train.load_state(run)
     return run
+
+
+def advantages_of(run, rollout):
+    return copo.compute_advantages(
+        rollout.rewards,
+        rollout.correct,
+        rollout.classes,
+        rollout.lengths,
+        run.algorithm,
+        run.args.max_new_tokens,
+    )
 
 
 def updates(argv, file):
     run = begin(argv)
     train.sync_weights(run)
-    batch, *_ = train.rollout(run)
-    scored, gradients, found = train.score_rows, [], {"lengths": batch.lengths}
+    rollout, _ = train.collect_rollout(run)
+    inner = train.compute_logprobs
+    gradients = []
+    found = {"lengths": rollout.lengths}
 
     def moved(*rest):  # log-probs of another policy, so that ratios are not 1 and clips matter
-        logprobs = scored(*rest)
-        return logprobs + 0.4 * torch.sin(torch.arange(logprobs.numel(), dtype=logprobs.dtype)).view_as(logprobs)
+        logprobs = inner(*rest)
+        return logprobs + 0.4 * torch.sin(
+            torch.arange(logprobs.numel(), dtype=logprobs.dtype)
+        ).view_as(logprobs)
 
     def step():  # takes the gradients down and leaves the weights as they are
-        gradients.append({name: train.full(p.grad).clone() for name, p in run.model.named_parameters()})
+        gradients.append(
+            {name: train.full_tensor(p.grad).clone() for name, p in run.model.named_parameters()}
+        )
 
-    train.score_rows, run.optimizer.step, run.args.old_logprobs = moved, step, "recompute"
+    train.compute_logprobs = moved
+    run.optimizer.step = step
+    run.args.old_logprobs = "recompute"
     for blend in copo.BLENDS:
         for budget in BUDGETS if blend == "soft-zero" else BUDGETS[1:2]:
-            run.args.blend, run.args.micro_tokens = blend, budget
-            totals = train.train_on(run, batch, train.compute_signals(batch, run.args))
-            found[f"{blend}, {budget} tokens"] = {"gradients": list(gradients), "metrics": totals.means()}
+            run.algorithm = dataclasses.replace(run.algorithm, blend=blend)
+            run.args.micro_tokens = budget
+            metrics = train.update_policy(run, rollout, advantages_of(run, rollout))
+            found[f"{blend}, {budget} tokens"] = {"gradients": list(gradients), "metrics": metrics}
             gradients.clear()
     if train.rank() == 0:
         torch.save(found, file)
 
 
 def steps(argv, file):
-    run, losses = begin(argv), []
-    batches, checkpoints = torch.load(file, weights_only=False)
-    train.discard = lambda path: None  # go_back removes later checkpoints, which are to be gone to next
-    for batch, checkpoint in zip(batches, checkpoints, strict=True):
+    run = begin(argv)
+    losses = []
+    rollouts, checkpoints = torch.load(file, weights_only=False)
+    # load_checkpoint removes later checkpoints, which are to be loaded next.
+    train.delete_directory = lambda path: None
+    for rollout, checkpoint in zip(rollouts, checkpoints, strict=True):
         if checkpoint is not None:
             run.args.resume = str(checkpoint)
-            train.go_back(run)
-        losses.append(train.train_on(run, batch, train.compute_signals(batch, run.args)).means()["loss"])
+            train.load_checkpoint(run)
+        metrics = train.update_policy(run, rollout, advantages_of(run, rollout))
+        losses.append(metrics["loss"])
     if train.rank() == 0:
         torch.save(losses, file)
 
 
 def uneven(argv, _):
-    sample = train.sample
+    generate = sampler.generate
 
     def limited(model, prompts, group_size, max_new_tokens, *rest, rows, **more):
         limits = [1 if row % 2 == 0 else max_new_tokens for row in rows for _ in range(group_size)]
-        return sample(model, prompts, group_size, limits, *rest, rows=rows, **more)
+        return generate(model, prompts, group_size, limits, *rest, rows=rows, **more)
 
-    train.sample = limited
-    # In the order of the data: of two ranks, to which prompts are dealt in turn, one gets all the short ones.
-    train.draw_prompts = lambda seed, cursor, count, size: [(i % size, i) for i in range(cursor, cursor + count)]
+    sampler.generate = limited
+    # In the order of the data: of two ranks, to which prompts are dealt in turn, one gets all the
+    # short ones.
+    train.draw_prompts = lambda seed, cursor, count, size: [
+        (i % size, i) for i in range(cursor, cursor + count)
+    ]
     train.main(argv)
 
 
 def broken(argv, file):
-    inner = train.train_on
+    inner = train.update_policy
 
-    def train_on(run, *rest):
+    def update_policy(run, *rest):
         if train.rank() == 1 and run.state.step == 1:
             file.touch()  # when it fails
             raise RuntimeError("this rank was told to fail")
         return inner(run, *rest)
 
-    train.train_on = train_on
+    train.update_policy = update_policy
     train.main(argv)
 
 
@@ -127,7 +158,7 @@ def ending(argv, _):
 def work(name, file, argv):
     train.Verifier = tiny_runs.Judge
     globals()[name](argv, Path(file))
-    train.leave_ranks()
+    train.shutdown_distributed()
 
 
 if __name__ == "__main__":

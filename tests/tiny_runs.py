@@ -1,5 +1,6 @@
-"""What the tests of train.py share: a model of two layers with fourteen tokens, problems that guessing solves now and
-then, a checker without processes, and a way to run train.main in this process and read what it left behind."""
+"""What the tests of train.py share: a model of two layers with fourteen tokens, problems that
+guessing solves now and then, a checker without processes, and a way to run train.main in this
+process and read what it left behind."""
 
 import functools
 import json
@@ -17,12 +18,27 @@ import train
 
 LETTERS = "0123456+=? \n"  # all that problems and replies are written with
 CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 32,
-    "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
-    "initializer_range": 0.15, "torch_dtype": "float32", "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
-PATIENCE = 600  # seconds until a test gives up on another process: no bound of what it checks, however busy the cores
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.15,
+    "torch_dtype": "float32",
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+# seconds until a test gives up on another process: no bound of what it checks, however busy the
+# cores
+PATIENCE = 600
+SAMPLES_EVERY = 2  # instead of train's, so that short runs have several entries in samples.txt
 TIMES = ("seconds", "tokens_per_second", "peak_memory")  # metrics that no two runs share
 
 
@@ -33,34 +49,46 @@ def make_model(path):
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     letters = [byte_level.pre_tokenize_str(letter)[0][0] for letter in LETTERS]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<end>", "<stop>", *letters])}, []))
+    backend = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(["<end>", "<stop>", *letters])}, [])
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<end>", pad_token="<end>", unk_token="<end>",
+        tokenizer_object=backend,
+        eos_token="<end>",
+        pad_token="<end>",
+        unk_token="<end>",
         additional_special_tokens=["<stop>"],
-    )  # fmt: skip
+    )
     tokenizer.save_pretrained(path)
-    model.Transformer.from_config(CONFIG | {"vocab_size": len(tokenizer)}, seed=1).save_pretrained(path)
+    model.Transformer.from_config(CONFIG | {"vocab_size": len(tokenizer)}, seed=1).save_pretrained(
+        path
+    )
 
 
 def make_data(path, rows):
-    """Sums of two or three digits from 0 to 2; their answers are 0 to 6, which a reply hits by luck."""
+    """Sums of two or three digits from 0 to 2; their answers are 0 to 6, which a reply hits by
+    luck."""
     numbers = [(a, b, c) for a in range(3) for b in range(3) for c in (None, 0, 1, 2)]
     lines = []
     for i in rows:
         terms = [n for n in numbers[i % len(numbers)] if n is not None]
         answer = str(sum(terms))
-        lines.append({"problem": "+".join(map(str, terms)) + "=?", "answer": answer, "solution": answer})
+        lines.append(
+            {"problem": "+".join(map(str, terms)) + "=?", "answer": answer, "solution": answer}
+        )
     Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 class Judge:
-    """The checker in this process, on answers that cannot hang: as reward.Verifier, without its workers."""
+    """The checker in this process, on answers that cannot hang: as reward.Verifier, without its
+    workers."""
 
     def __init__(self, *_, **__):
         pass
 
-    def check(self, responses, references, require_value=None):
-        return [judged(tuple(texts), reference) for texts, reference in zip(responses, references)]
+    def grade_groups(self, responses, references, **_):
+        groups = zip(responses, references, strict=True)
+        return [judged(tuple(texts), reference) for texts, reference in groups]
 
     def close(self):
         pass
@@ -68,10 +96,15 @@ class Judge:
 
 @functools.cache
 def judged(texts, reference):
-    answers = [reward.extract_answer(text) for text in texts]
-    verdicts = [answer is not None and reward.is_equivalent(answer, reference) for answer in answers]
-    classes = reward.answer_classes([reference if right else a for a, right in zip(answers, verdicts)])
-    return reward.Group(verdicts, classes, answers, [False] * len(texts))
+    grades = [reward.grade(text, reference) for text in texts]
+    labels = [reference if grade.correct else grade.answer for grade in grades]
+    return reward.Group(
+        answers=[grade.answer for grade in grades],
+        correct=[grade.correct for grade in grades],
+        rewards=[grade.reward for grade in grades],
+        classes=reward.answer_classes(labels),
+        failed=[""] * len(texts),
+    )
 
 
 class Runs:
@@ -83,12 +116,25 @@ class Runs:
         make_data(self.folder / "train.jsonl", range(0, 24))
         make_data(self.folder / "test.jsonl", range(24, 28))
         self.base = {
-            "model": self.folder / "model", "data": self.folder / "train.jsonl",
-            "eval_data": self.folder / "test.jsonl", "instruction": "", "device": "cpu", "max_prompt_tokens": 16,
-            "max_new_tokens": 6, "prompts_per_step": 4, "group_size": 4, "minibatch_prompts": 2, "steps": 2,
-            "lr": 1e-2, "sft_steps": 0, "eval_every": 1, "eval_samples": 2, "save_every": 1, "samples_every": 1,
-            "verifier_workers": 1, "dtype": "float64",
-        }  # fmt: skip
+            "model": self.folder / "model",
+            "data": self.folder / "train.jsonl",
+            "eval_data": self.folder / "test.jsonl",
+            "instruction": "",
+            "device": "cpu",
+            "max_prompt_tokens": 16,
+            "max_new_tokens": 6,
+            "prompts_per_step": 4,
+            "group_size": 4,
+            "minibatch_prompts": 2,
+            "steps": 2,
+            "lr": 1e-2,
+            "sft_steps": 0,
+            "eval_every": 1,
+            "eval_samples": 2,
+            "save_every": 1,
+            "verifier_workers": 1,
+            "dtype": "float64",
+        }
 
     def argv(self, changes=None, /, **more):
         """The base flags with changes (None: left out, True and False: --x and --no-x)."""
@@ -127,8 +173,8 @@ def lines(path):
 
 def ended(directory):
     """run.json's last word, None of a run that was killed: (how, after which step, why)."""
-    about = json.loads((directory / "run.json").read_text())
-    return tuple(about["ended"].values()) if "ended" in about else None
+    run_info = json.loads((directory / "run.json").read_text())
+    return tuple(run_info["ended"].values()) if "ended" in run_info else None
 
 
 def metrics(directory):
@@ -138,7 +184,10 @@ def metrics(directory):
 
 
 def evaluations(directory):
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines(directory / "eval.jsonl")]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(TIMES)}
+        for line in lines(directory / "eval.jsonl")
+    ]
 
 
 def weights(directory):
@@ -151,7 +200,8 @@ def same_weights(one, other):
 
 
 def saved(checkpoint, scratch):
-    """All that a checkpoint holds, as flat name -> value; the run files' lengths apart, which depend on times."""
+    """All that a checkpoint holds, as flat name -> value; the run files' lengths apart, which
+    depend on times."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     dcp_to_torch_save(checkpoint, scratch)
@@ -160,14 +210,19 @@ def saved(checkpoint, scratch):
 
     def flat(prefix, value):
         if isinstance(value, dict):
-            return {k: v for name, part in value.items() for k, v in flat(f"{prefix}/{name}", part).items()}
+            return {
+                k: v
+                for name, part in value.items()
+                for k, v in flat(f"{prefix}/{name}", part).items()
+            }
         return {prefix: value}
 
     return flat("", torch.load(scratch, weights_only=False)) | flat("state", state)
 
 
 def difference(one, other):
-    """Why two finished runs are not the same run, or None: weights, optimiser, state, metrics, every file."""
+    """Why two finished runs are not the same run, or None: weights, optimiser, state, metrics,
+    every file."""
     if metrics(one) != metrics(other):
         return "metrics.jsonl"
     if evaluations(one) != evaluations(other):
@@ -189,8 +244,22 @@ def difference(one, other):
     return None
 
 
+# What in train.py leaves a trace or takes long: (module, name of the function).
+EVENTS = (
+    (train, "sample_groups"),
+    (train, "optimizer_step"),
+    (train, "delete_directory"),
+    (train.dcp, "save"),
+    (train, "run_evaluation"),
+    (train.os, "replace"),
+    (train, "export"),
+    (train, "log_step"),
+)
+
+
 def watch_events(act):
-    """Calls act(name) before and after everything in train.py that leaves a trace, half-written lines included."""
+    """Calls act(name) before and after everything in train.py that leaves a trace, half-written
+    lines included."""
 
     def wrap(module, name):
         inner = getattr(module, name)
@@ -211,26 +280,29 @@ def watch_events(act):
             act(f"in {path.name}")
 
     train.append = append
-    for module, name in (
-        (train, "sample_groups"), (train, "finish_update"), (train, "discard"), (train.dcp, "save"),
-        (train.evaluation, "evaluate"), (train.os, "replace"), (train, "export"), (train, "log_step"),
-    ):  # fmt: skip
+    for module, name in EVENTS:
         wrap(module, name)
 
 
 def start(function, *args):
-    """A process forked from one that has imported everything already, which takes five seconds of a slow core."""
+    """A process forked from one that has imported everything already, which takes five seconds of a
+    slow core."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch.distributed.checkpoint.format_utils", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(
+        ["train", "torch.distributed.checkpoint.format_utils", "torch.distributed.fsdp"]
+    )
     process = context.Process(target=function, args=args)
     process.start()
     return process
 
 
 def on_ranks(ranks, log, function, *args, code=0):
-    """function(*args) on several ranks that are forked, with the variables that torchrun would set: what they print."""
+    """function(*args) on several ranks that are forked, with the variables that torchrun would set:
+    what they print."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    started = [start(one_rank, rank, ranks, store.port, log, function, args) for rank in range(ranks)]
+    started = [
+        start(one_rank, rank, ranks, store.port, log, function, args) for rank in range(ranks)
+    ]
     until = time.monotonic() + PATIENCE
     while any(process.is_alive() for process in started) and time.monotonic() < until:
         if any(process.exitcode not in (None, code) for process in started):
@@ -246,10 +318,17 @@ def on_ranks(ranks, log, function, *args, code=0):
 
 def one_rank(rank, ranks, port, log, function, args):
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none",
-        "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -257,7 +336,8 @@ def one_rank(rank, ranks, port, log, function, args):
 
 
 def child(argv, event, count):
-    """A run in a process of its own that kills itself at the count-th event of that name ("": of any)."""
+    """A run in a process of its own that kills itself at the count-th event of that name ("": of
+    any)."""
     seen = []
 
     def act(name):
@@ -265,11 +345,11 @@ def child(argv, event, count):
         if sum(event in one for one in seen) == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.Verifier = Judge
     watch_events(act)
-    train.main(argv)
+    quiet_child(argv)
 
 
 def quiet_child(argv):
     train.Verifier = Judge
+    train.SAMPLES_EVERY = SAMPLES_EVERY
     train.main(argv)
