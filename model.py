@@ -531,7 +531,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs, entropy, lse = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
+        # Three tensors and not views of one: FSDP warns of outputs that are views.
+        logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        lse = torch.empty_like(logprobs)
         for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk)
             logits = F.linear(hidden[part], weight).to(wide).div_(temperature)
