@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import weak_checkers
 from blank import EXERCISES
@@ -55,7 +56,7 @@ def read_checks(number):
     """The checks of an exercise and the names that their expressions use, the student's apart."""
     tables = tomllib.loads(Path(__file__).with_name("checks.toml").read_text(encoding="utf-8"))
     names = {name: getattr(torch, name) for name in ("tensor", "zeros", "ones", "eye", "float64")}
-    names["nan"] = math.nan
+    names |= {"array": np.array, "nan": math.nan}
     if number == 10:
         names |= sampler_names()
     if number == 11:
