@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 # ---------------------------------------------------------------------------- groups of responses
@@ -55,6 +56,20 @@ def overlong_penalty(lengths, max_tokens, buffer, factor):
     # −factor · clip((len − (L_max − buffer)) / buffer, 0, 1)                          (DAPO, 3.4)
     excess = (lengths.double() - (max_tokens - buffer_tokens)) / buffer_tokens
     return -factor * excess.clamp(0, 1)
+
+
+def permute_rewards(rewards, correct, seed, step):
+    """The placebo: deal the step's (reward, verdict) pairs to its responses at random, both (P,G).
+
+    The permutation depends on (seed, step) and P·G alone. Reward and verdict of a pair stay
+    together; means over the step stay as they are. What is learnt in spite of it is not learnt from
+    the rewards.
+    """
+    order = np.random.default_rng([seed, 3, step]).permutation(rewards.numel())
+    order = torch.as_tensor(order, device=rewards.device)
+    dealt_rewards = rewards.flatten()[order].view_as(rewards)
+    dealt_correct = correct.flatten()[order].view_as(correct)
+    return dealt_rewards, dealt_correct
 
 
 # --------------------------------------------------------------- local advantages: within a group
@@ -95,9 +110,49 @@ def ngrpo_advantage(rewards, correct, scale):
     return standardise(torch.cat([rewards, virtual], dim=1), scale)[:, :-1]
 
 
+def sign_advantage(rewards, correct, scale):
+    # A^l_ij = 2 v_ij − 1                                                      (arXiv 2605.07689)
+    return 2 * correct.double() - 1
+
+
+def w_reinforce_advantage(rewards, correct, scale):
+    # A^l_ij = 0.1 v_ij − (1 − v_ij): wrong responses weigh most   (W-REINFORCE, arXiv 2506.01347)
+    verdicts = correct.double()
+    return 0.1 * verdicts - (1 - verdicts)
+
+
+def ebpo_advantage(rewards, correct, scale):
+    rewards = rewards.double()
+    group_means = rewards.mean(dim=1)
+    # S = (s²/G) / (s²/G + τ²): s² the mean variance within a group, τ² the variance of the means
+    within = sample_variance(rewards).mean() / rewards.shape[1]
+    between = sample_variance(group_means[None, :]).sum()
+    total = within + between
+    shrinkage = torch.where(total > 0, within / total, 0.0)
+    # A^l_ij = r_ij − [(1 − S) mean_j r_ij + S mean r], then over its std in the step
+    #                                    (EBPO, arXiv 2602.05165; s², τ² there: running statistics)
+    baseline = (1 - shrinkage) * group_means + shrinkage * rewards.mean()
+    return batch_advantage(rewards - baseline[:, None], correct, scale)
+
+
+def sample_variance(values):
+    """Variance of each row, 0 for a row of one element: (N,K) -> (N,)."""
+    centred = values - values.mean(dim=1, keepdim=True)
+    return centred.square().sum(dim=1) / max(values.shape[1] - 1, 1)
+
+
 # Each function takes rewards (P,G), correct (P,G) and scale, and returns A^l (P,G). To add one,
 # write it and enter it here: --advantage and the advantage lab read this table.
-ADVANTAGES = {"group": group_advantage, "batch": batch_advantage, "ngrpo": ngrpo_advantage}
+ADVANTAGES = {
+    "group": group_advantage,
+    "batch": batch_advantage,
+    "ngrpo": ngrpo_advantage,
+    "sign": sign_advantage,
+    "w-reinforce": w_reinforce_advantage,
+    "ebpo": ebpo_advantage,
+}
+# Those that look at the verdict alone: neither rewards nor scale change them.
+VERDICT_ADVANTAGES = ("sign", "w-reinforce")
 
 
 def local_advantages(rewards, kind="group", scale=True, correct=None):
@@ -215,6 +270,25 @@ def clamped_difference(logprobs, old_logprobs):
     return (logprobs - old_logprobs).clamp(-20, 20)
 
 
+def token_log_ratio(logprobs, old_logprobs, mask):
+    # log q_bt = clamp(logp_bt − old_logp_bt, ±20)                                     (PPO, GRPO)
+    return clamped_difference(logprobs, old_logprobs)
+
+
+def sequence_log_ratio(logprobs, old_logprobs, mask):
+    # log q_b = clamp(1/|o_b| Σ_t (logp_bt − old_logp_bt), ±20), the same for all tokens of row b
+    #                                                             (GSPO, arXiv 2507.18071, eq. 7)
+    difference = torch.where(mask, logprobs - old_logprobs, 0.0)
+    lengths = mask.sum(dim=1, keepdim=True)
+    mean_difference = difference.sum(dim=1, keepdim=True) / lengths.clamp(min=1)
+    return mean_difference.clamp(-20, 20).expand_as(logprobs)
+
+
+# Each function takes logprobs, old_logprobs, mask (B,T) and returns log q (B,T). To add one, enter
+# it here: --ratio and the advantage lab read this table.
+RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}
+
+
 def clipped_loss(logprobs, old_logprobs, advantages, clip_low, clip_high, dual_clip):
     """PPO's clipped loss of each token: (B,T), (B,T), advantages (B,) or (B,T) -> (B,T).
 
@@ -323,6 +397,7 @@ class Algorithm:
         1.0, "factor of the global loss (0 = disabled)", interval="[0, inf)"
     )
     consistency_coef: bool = option(False, "lower the global reward of groups that disagree")
+    ratio: str = option("token", "q of each token, or one q per response (GSPO)", choices=RATIOS)
     clip_low: float = option(0.2, "ε below 1", interval="(0, 1]")
     clip_high: float = option(0.2, "ε above 1", interval="(0, inf)")
     dual_clip: float = option(
@@ -351,6 +426,10 @@ PRESETS = {
     "copo": Algorithm(),
     # the bare equations, with the values that the paper reports as best
     "copo-paper": Algorithm(blend="soft", gamma=20.0, rho=1.5),
+    # ours: the paper's rule as its public reviews seem to describe it
+    "copo-group": Algorithm(blend="soft-zero-group"),
+    # GRPO in mixed groups, the global advantage where all verdicts are equal
+    "copo-forced": Algorithm(blend="forced"),
     # arXiv 2402.03300, without its KL term
     "grpo": Algorithm(blend="local"),
     # arXiv 2503.20783
@@ -366,6 +445,23 @@ PRESETS = {
         overlong_factor=1.0,
     ),
 }
+
+
+def check_algorithm(algorithm):
+    """Refuse fields that cannot work together: ValueError, one line that names their flags."""
+    name = algorithm.advantage
+    if name not in VERDICT_ADVANTAGES:
+        return
+    if algorithm.overlong_factor:
+        raise ValueError(
+            f"--advantage {name} looks at verdicts alone: --overlong-factor must be 0, not "
+            f"{algorithm.overlong_factor:g}"
+        )
+    if not algorithm.scale_advantages:
+        raise ValueError(
+            f"--advantage {name} is never divided by a standard deviation: leave out "
+            "--no-scale-advantages"
+        )
 
 
 class RowAdvantages(NamedTuple):
@@ -449,8 +545,11 @@ def copo_loss(
     weight = advantages.weight.detach().to(logprobs)[:, None]
     global_weight = algorithm.global_coef * (1 - weight)
     clips = (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip)
-    local_loss = clipped_loss(logprobs, old_logprobs, local_adv, *clips)
-    global_loss = clipped_loss(logprobs, old_logprobs, global_adv, *clips)
+    log_ratio = choose(RATIOS, algorithm.ratio, "ratio")(logprobs, old_logprobs, mask)
+    # clipped_loss looks at the difference of its first two arguments only: log q − 0.
+    zeros = torch.zeros_like(log_ratio)
+    local_loss = clipped_loss(log_ratio, zeros, local_adv, *clips)
+    global_loss = clipped_loss(log_ratio, zeros, global_adv, *clips)
     # ℓ_COPO = w·ℓ(A^l) + coef·(1 − w)·ℓ(A^g)                               (authors: policy_loss)
     # The losses are blended, not the advantages: each is clipped by its own advantage's sign.
     token_loss = weight * local_loss + global_weight * global_loss
@@ -462,11 +561,12 @@ def copo_loss(
         token_loss = token_loss + algorithm.kl_coef * kl
     loss = aggregate(token_loss, mask, algorithm.aggregation, max_tokens, num_tokens, num_sequences)
     with torch.no_grad():
-        log_ratio = clamped_difference(logprobs, old_logprobs)
         ratio = log_ratio.exp()
+        # KL(old ‖ new), of the update itself: between the tokens' distributions, whatever q is
+        token_kl = k3(clamped_difference(logprobs, old_logprobs))
         metrics = {
             "ratio": sum_and_count(ratio, mask),
-            "approx_kl": sum_and_count(k3(log_ratio), mask),  # KL(old ‖ new), of the update itself
+            "approx_kl": sum_and_count(token_kl, mask),
             # A token is clipped if its loss differs from −q·A: its gradient is then zero.
             "clip_fraction_local": sum_and_count(local_loss != -(ratio * local_adv), mask),
             "clip_fraction_global": sum_and_count(global_loss != -(ratio * global_adv), mask),

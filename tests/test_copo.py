@@ -5,8 +5,9 @@ standard deviation for the sample one; NaN for a group or a batch of one; roundi
 an advantage of ±1 in a group of equal rewards; a gate that asks the reward and not the verdict;
 advantages blended where losses should be; one clip side applied for both signs of the advantage; a
 mask by multiplication, which lets NaN through; a loss averaged per micro-batch; an exp that
-overflows; a KL gradient with the wrong sign; presets that drift from the paper's values; a rule
-that is entered in its table and not used.
+overflows; a KL gradient with the wrong sign; a response's ratio clamped token by token, or averaged
+over its padding; presets that drift from the paper's values; a rule that is entered in its table
+and not used; a placebo that keeps a part of the signal.
 """
 
 import math
@@ -105,6 +106,67 @@ def test_ngrpo_mixed():
     close(copo.local_advantages(torch.tensor([[1.0, 0, 0]]), "ngrpo"), [[half, -half, -half]])
 
 
+VERDICT_KINDS = {"sign": (1, -1), "w-reinforce": (0.1, -1)}
+
+
+@pytest.mark.parametrize(("kind", "values"), VERDICT_KINDS.items())
+@pytest.mark.parametrize("scale", [True, False])
+def test_advantages_of_the_verdict_alone(kind, values, scale):
+    """Groups mixed, all right, all wrong; rewards that say the opposite change nothing."""
+    correct = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0]]).bool()
+    right, wrong = values
+    expected = [[right, wrong, wrong], [right] * 3, [wrong] * 3]
+    advantages = copo.local_advantages(-7.0 * correct, kind, scale, correct)
+    close(advantages, expected, 0)
+    assert advantages.dtype == torch.float64
+    one = copo.local_advantages(torch.zeros(1, 1), kind, scale, torch.tensor([[True]]))
+    close(one, [[right]], 0)
+    assert set(VERDICT_KINDS) == set(copo.VERDICT_ADVANTAGES)
+
+
+def test_ebpo_by_hand():
+    """Groups 1 0 and 0 0: means ½ and 0, variances ½ and 0, so s² = ¼ and s²/G = ⅛; τ² = ⅛ too.
+    S = ½, mean r = ¼: baselines ½·½ + ½·¼ = ⅜ and ⅛. Residuals ⅝ −⅜, −⅛ −⅛; their squares sum to
+    36/64, so their sample std is √(36/64/3) = √3/4."""
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    residuals = torch.tensor([[0.625, -0.375], [-0.125, -0.125]], **F64)
+    close(copo.local_advantages(rewards, "ebpo", scale=False), residuals)
+    scaled = copo.local_advantages(rewards, "ebpo")
+    close(scaled, residuals / (math.sqrt(3) / 4 + 1e-6))
+    assert scaled.dtype == torch.float64
+    # Three of three groups count, and rewards of any size: 0 2, 1 3, 8 8 have means 1 2 8, so τ² is
+    # (64/9 + 25/9 + 169/9)/3 · 3/2 = 43/3; variances 2 2 0, so s²/G = 4/3/2 = 2/3 and S = 2/45.
+    rewards = torch.tensor([[0.0, 2], [1, 3], [8, 8]])
+    baselines = [43 / 45 * mean + 2 / 45 * 11 / 3 for mean in (1, 2, 8)]
+    expected = rewards.double() - torch.tensor(baselines, **F64)[:, None]
+    close(copo.local_advantages(rewards, "ebpo", scale=False), expected)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_ebpo_at_its_corners(scale):
+    def ebpo(rewards):
+        return copo.local_advantages(torch.tensor(rewards, **F64), "ebpo", scale)
+
+    # τ² = 0, one prompt or equal means: S = 1, the baseline is the mean of the step
+    step = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    close(ebpo([[1.0, 0, 0]]), copo.local_advantages(step[:1], "batch", scale))
+    close(ebpo(step.tolist()), copo.local_advantages(step, "batch", scale))
+    # s² = 0, no group is mixed: S = 0, each group is its own baseline, and nothing is learnt
+    assert (ebpo([[0.1] * 7, [0.7] * 7]) == 0).all()
+    # both 0: S = 0
+    assert (ebpo([[0.1] * 7] * 3) == 0).all()
+    assert (ebpo([[1.0]]) == 0).all() and (ebpo([[1.0], [0.0]]) == 0).all()
+    assert copo.local_advantages(torch.zeros(0, 2), "ebpo", scale).shape == (0, 2)
+
+
+def test_ebpo_feeds_all_wrong_groups():
+    """Where groups are noisy, an all-wrong group lies below its shrunk baseline; GRPO gives 0."""
+    correct = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    advantages = copo.local_advantages(correct, "ebpo")
+    assert (advantages[2] < -0.1).all() and (advantages[3] > 0.1).all()
+    assert (copo.local_advantages(correct)[2:] == 0).all()
+
+
 def test_rewards_are_never_overwritten():
     rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0]], **F64)
     for kind in copo.ADVANTAGES:
@@ -122,6 +184,8 @@ def test_unknown_names_are_refused_by_name():
         copo.local_weight(one[:, 0], one.bool(), one, "soft_zero", 5.0, 1.0)
     with pytest.raises(ValueError, match="aggregation is 'mean'"):
         copo.aggregate(one, one, "mean")
+    with pytest.raises(ValueError, match="ratio is 'word'"):
+        copo_loss(one, one, one, one[0], one[0], one[0], ratio="word")
     with pytest.raises(ValueError, match="KL estimator is 'k1'"):
         copo_loss(one, one, one, one[0], one[0], one[0], ref_logprobs=one, kl_estimator="k1")
 
@@ -395,12 +459,14 @@ def test_losses_are_blended_not_advantages():
     close(loss.item(), -0.6 + 0.075)
 
 
+@pytest.mark.parametrize("ratio", copo.RATIOS)
 @pytest.mark.parametrize("mode", copo.AGGREGATIONS)
-def test_on_policy_gradient_is_reinforce_with_the_blended_advantage(mode):
+def test_on_policy_gradient_is_reinforce_with_the_blended_advantage(mode, ratio):
+    """At q = 1 one q per response has the gradient of one per token, whatever the aggregation."""
     logprobs, _, mask, local_adv, global_adv, weight = random_rows(0)
     coef = 0.7
     leaf = logprobs.clone().requires_grad_()
-    options = {"aggregation": mode, "max_tokens": 5, "global_coef": coef}
+    options = {"aggregation": mode, "max_tokens": 5, "global_coef": coef, "ratio": ratio}
     copo_loss(leaf, logprobs, mask, local_adv, global_adv, weight, **options)[0].backward()
     blended = weight * local_adv + coef * (1 - weight) * global_adv
     per_token = {  # what a token's −A·logp is divided by
@@ -412,13 +478,15 @@ def test_on_policy_gradient_is_reinforce_with_the_blended_advantage(mode):
     close(leaf.grad, -blended[:, None] * mask / per_token)
 
 
+@pytest.mark.parametrize("ratio", copo.RATIOS)
 @pytest.mark.parametrize("mode", copo.AGGREGATIONS)
-def test_gradient_by_finite_differences(mode):
+def test_gradient_by_finite_differences(mode, ratio):
     logprobs, old, mask, local_adv, global_adv, weight = random_rows(3)
     ref = old - 0.3
 
     rows = (old, mask, local_adv, global_adv, weight)
     options = {"aggregation": mode, "max_tokens": 5, "dual_clip": 1.5, "global_coef": 0.5}
+    options["ratio"] = ratio
 
     def loss(values):
         return copo_loss(values, *rows, ref_logprobs=ref, kl_coef=0.2, **options)[0]
@@ -444,10 +512,11 @@ def test_old_reference_and_weights_get_no_gradient():
     assert not any(value.requires_grad for pair in metrics.values() for value in pair)
 
 
+@pytest.mark.parametrize("ratio", copo.RATIOS)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
-def test_nothing_leaks_from_masked_positions(garbage):
+def test_nothing_leaks_from_masked_positions(garbage, ratio):
     logprobs, old, mask, *rest = random_rows(2)
-    options = {"kl_coef": 0.3}
+    options = {"kl_coef": 0.3, "ratio": ratio}
     clean_leaf = torch.where(mask, logprobs, 0.0).requires_grad_()
     ref = old + 0.1
     clean, clean_metrics = copo_loss(clean_leaf, old, mask, *rest, ref_logprobs=ref, **options)
@@ -551,11 +620,12 @@ def test_local_share_leaves_out_tokens_without_any_gradient():
     close(torch.stack(metrics["local_share"]), [2 * 1 / 3, 2.0])
 
 
+@pytest.mark.parametrize("ratio", copo.RATIOS)
 @pytest.mark.parametrize("mode", copo.AGGREGATIONS)
-def test_micro_batches_padding_and_row_order_change_nothing(mode):
+def test_micro_batches_padding_and_row_order_change_nothing(mode, ratio):
     rows = random_rows(5)
     ref = rows[1] - 0.2
-    options = {"aggregation": mode, "max_tokens": 9, "kl_coef": 0.1}
+    options = {"aggregation": mode, "max_tokens": 9, "kl_coef": 0.1, "ratio": ratio}
     leaf = rows[0].clone().requires_grad_()
     loss, metrics = copo_loss(leaf, *rows[1:], ref_logprobs=ref, **options)
     loss.backward()
@@ -585,10 +655,11 @@ def test_micro_batches_padding_and_row_order_change_nothing(mode):
     st.lists(st.tuples(st.booleans(), st.integers(-1, 2)), min_size=9, max_size=9),
     st.sampled_from(list(copo.BLENDS)),
     st.sampled_from(list(copo.ADVANTAGES)),
+    st.sampled_from(list(copo.RATIOS)),
     st.booleans(),
     st.sampled_from([-1e4, -0.5, 0.0, 0.5, 1e4]),
 )
-def test_no_batch_gives_nan(shape, responses, blend, kind, flag, distance):
+def test_no_batch_gives_nan(shape, responses, blend, kind, ratio, flag, distance):
     """Any verdicts and answers, one prompt or one response included, give finite numbers only."""
     responses = responses[: shape[0] * shape[1]]
     correct = torch.tensor([verdict for verdict, _ in responses]).reshape(shape)
@@ -603,12 +674,122 @@ def test_no_batch_gives_nan(shape, responses, blend, kind, flag, distance):
     logprobs = (old + distance).requires_grad_()
     rows = global_adv[:, None].expand_as(local_adv)
     args = (x.reshape(-1) for x in (local_adv, rows, weight))
-    loss, metrics = copo_loss(logprobs, old, torch.ones_like(old), *args)
+    loss, metrics = copo_loss(logprobs, old, torch.ones_like(old), *args, ratio=ratio)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
     assert all(torch.isfinite(value) for pair in metrics.values() for value in pair)
     if kind == "group":
         assert (local_adv[~copo.is_mixed(correct)] == 0).all()
+
+
+# ------------------------------------------------------------------------- one q for each response
+
+
+def test_sequence_ratio_by_hand():
+    """logp − old: .5 −.1 (masked: NaN) and −.4. Means .2 and −.4, so q is e^.2 = 1.2214 for both
+    tokens of row 0 and e^−.4 = .6703. A^l = 2, 1 and A^g = −1, −3; w = ½; ε .2; c 3."""
+    logprobs = torch.tensor([[-0.5, -1.1, math.nan], [-1.4, 0.0, 0.0]], **F64).requires_grad_()
+    old = torch.full((2, 3), -1.0, **F64)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    adv = torch.tensor([[2.0, 1.0], [-1.0, -3.0], [0.5, 0.5]], **F64)
+    loss, metrics = copo_loss(logprobs, old, mask, *adv, ratio="sequence")
+    q = (math.exp(0.2), math.exp(-0.4))
+    # row 0: ½(−1.2·2 + 1.2214·1), the local loss clipped; row 1: ½(−.6703·1 + .8·3), the global one
+    close(loss.item(), ((-2.4 + q[0]) / 2 + (-q[1] + 2.4) / 2) / 2)
+    loss.backward()
+    # Row 0 has q/2 in its sequence mean, and each of its two tokens half of dq; row 1 −q/2.
+    close(logprobs.grad, [[q[0] / 8, q[0] / 8, 0], [-q[1] / 4, 0, 0]])
+    means = {name: (total.item(), count.item()) for name, (total, count) in metrics.items()}
+    assert means["ratio"] == pytest.approx((2 * q[0] + q[1], 3.0))
+    assert means["clip_fraction_local"] == (2.0, 3.0)
+    assert means["clip_fraction_global"] == (1.0, 3.0)
+    # approx_kl stays one of tokens: q − 1 − log q at log q = .5, −.1, −.4
+    token_kl = [math.expm1(d) - d for d in (0.5, -0.1, -0.4)]
+    assert means["approx_kl"] == pytest.approx((sum(token_kl), 3.0))
+
+
+def test_sequence_ratio_is_clamped_after_the_mean():
+    """Differences 50 and −20 have the mean 15: a clamp of each token first would make it 0. The
+    mean of 50 and 10 is 30, clamped to 20, and −50 to −20."""
+    logprobs = torch.tensor([[50.0, -20.0], [50.0, 10.0], [-50.0, -50.0]], **F64)
+    mask = torch.ones(3, 2).bool()
+    log_ratio = copo.sequence_log_ratio(logprobs, torch.zeros_like(logprobs), mask)
+    close(log_ratio, [[15, 15], [20, 20], [-20, -20]])
+    mask[0, 1] = False
+    mask[2] = False  # a row without a token
+    log_ratio = copo.sequence_log_ratio(logprobs, torch.zeros_like(logprobs), mask)
+    close(log_ratio, [[20, 20], [20, 20], [0, 0]])
+
+
+def test_sequence_ratio_of_one_token_is_the_token_ratio():
+    logprobs, old, _, *adv = random_rows(8, tokens=1)
+    mask = torch.ones_like(old)
+    token, token_metrics = copo_loss(logprobs, old, mask, *adv)
+    sequence, sequence_metrics = copo_loss(logprobs, old, mask, *adv, ratio="sequence")
+    close(sequence, token)
+    for name, pair in token_metrics.items():
+        close(torch.stack(sequence_metrics[name]), torch.stack(pair))
+
+
+def test_the_kl_to_the_reference_stays_one_of_tokens():
+    logprobs, old, mask, *_ = random_rows(9)
+    zeros = torch.zeros(6, **F64)
+    options = {"ref_logprobs": old - 0.3, "kl_coef": 0.5}
+    token, _ = copo_loss(logprobs, old, mask, zeros, zeros, zeros, **options)
+    sequence, _ = copo_loss(logprobs, old, mask, zeros, zeros, zeros, ratio="sequence", **options)
+    assert token.item() != 0
+    close(sequence, token)
+
+
+# ------------------------------------------------------------------------------------ the placebo
+
+
+def test_placebo_is_uniform_over_permutations():
+    """Four responses, 24 orders, 4,800 steps: χ² with 23 degrees of freedom is below 49.7 in 99.9 %
+    of fair deals. Rewards tell the responses apart; a verdict stays with its reward."""
+    rewards = torch.tensor([[0.0, 1.0], [2.0, 3.0]], **F64)
+    correct = torch.tensor([[True, False], [False, True]])
+    counts = Counter()
+    for step in range(4800):
+        dealt_rewards, dealt_correct = copo.permute_rewards(rewards, correct, 11, step)
+        order = tuple(dealt_rewards.flatten().int().tolist())
+        counts[order] += 1
+        assert sorted(order) == [0, 1, 2, 3]
+        assert dealt_correct.flatten().tolist() == [number in (0, 3) for number in order]
+    assert len(counts) == 24
+    assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 49.7
+    close(rewards, [[0, 1], [2, 3]])  # the step's own are left alone
+
+
+def test_placebo_keeps_the_steps_means_and_follows_seed_and_step():
+    generator = torch.Generator().manual_seed(3)
+    correct = torch.rand(40, 6, generator=generator) < 0.3
+    rewards = correct.double() - 0.1 * torch.rand(40, 6, generator=generator, **F64)
+    dealt = {}
+    for seed, step in ((0, 1), (0, 2), (1, 1), (2, 0)):
+        dealt_rewards, dealt_correct = copo.permute_rewards(rewards, correct, seed, step)
+        assert dealt_rewards.shape == dealt_correct.shape == (40, 6)
+        assert dealt_rewards.dtype == torch.float64 and dealt_correct.dtype == torch.bool
+        close(dealt_rewards.mean(), rewards.mean())
+        assert dealt_correct.sum() == correct.sum()
+        assert torch.equal(dealt_rewards.flatten().sort()[0], rewards.flatten().sort()[0])
+        # responses change places across groups, not only within them
+        assert not torch.equal(dealt_correct.sum(dim=1), correct.sum(dim=1))
+        dealt[seed, step] = tuple(dealt_rewards.flatten().tolist())
+    assert len(set(dealt.values())) == 4
+    again, _ = copo.permute_rewards(rewards, correct, 0, 1)
+    assert tuple(again.flatten().tolist()) == dealt[0, 1]
+
+
+def test_placebo_moves_with_the_size_of_the_step_only():
+    """Other rewards are dealt in the same order: the permutation never looks at them."""
+    first = torch.arange(12.0).view(3, 4)
+    second = torch.rand(3, 4, generator=torch.Generator().manual_seed(1))
+    dealt_first, _ = copo.permute_rewards(first, first > 5, 4, 2)
+    dealt_second, _ = copo.permute_rewards(second, second > 0.5, 4, 2)
+    assert torch.equal(second.flatten()[dealt_first.flatten().long()], dealt_second.flatten())
+    one, verdict = copo.permute_rewards(torch.ones(1, 1), torch.ones(1, 1).bool(), 0, 0)
+    assert one.item() == 1 and verdict.item() is True
 
 
 # -------------------------------------------------------------------------------- the whole step
@@ -674,9 +855,11 @@ def test_rules_added_from_outside_reach_the_loss_and_its_gradient(monkeypatch):
     """A blend, an advantage and a KL estimator, entered in their tables, train as built-in ones."""
     half = copo.Blend(uses_entropy=False, gate=lambda correct: torch.full(correct.shape, 0.5))
     monkeypatch.setitem(copo.BLENDS, "half", half)
-    monkeypatch.setitem(copo.ADVANTAGES, "sign", lambda rewards, correct, scale: 2.0 * correct - 1)
+    monkeypatch.setitem(copo.ADVANTAGES, "mine", lambda rewards, correct, scale: 2.0 * correct - 1)
     monkeypatch.setitem(copo.KL_ESTIMATORS, "k1", lambda distance: -distance)
-    algorithm = copo.Algorithm(blend="half", advantage="sign", kl_estimator="k1", kl_coef=0.25)
+    monkeypatch.setitem(copo.RATIOS, "one", lambda logprobs, old, mask: logprobs - old)
+    fields = {"blend": "half", "advantage": "mine", "ratio": "one", "kl_estimator": "k1"}
+    algorithm = copo.Algorithm(**fields, kl_coef=0.25)
     correct = torch.tensor([[1, 1], [0, 0], [1, 0]]).bool()
     rewards = torch.tensor([[0.5, 0.5], [0.3, 0.0], [0.9, 0.0]], **F64)
     classes = torch.tensor([[0, 0], [1, 2], [0, 1]])
@@ -709,6 +892,7 @@ def test_every_field_of_an_algorithm_can_be_a_flag():
             assert low <= field.default <= high
     assert tables["blend"] is copo.BLENDS
     assert tables["advantage"] is copo.ADVANTAGES
+    assert tables["ratio"] is copo.RATIOS
     assert tables["kl_estimator"] is copo.KL_ESTIMATORS
     assert tables["aggregation"] is copo.AGGREGATIONS
 
@@ -738,6 +922,7 @@ def test_presets_are_the_papers_and_complete():
         "scale_advantages": True,
         "global_coef": 1.0,
         "consistency_coef": False,
+        "ratio": "token",
         "clip_low": 0.2,
         "clip_high": 0.2,
         "dual_clip": 3.0,
@@ -751,6 +936,8 @@ def test_presets_are_the_papers_and_complete():
     differences = {
         "copo": {},
         "copo-paper": {"blend": "soft", "gamma": 20.0, "rho": 1.5},
+        "copo-group": {"blend": "soft-zero-group"},
+        "copo-forced": {"blend": "forced"},
         "grpo": {"blend": "local"},
         "dr-grpo": {
             "blend": "local",
@@ -770,7 +957,45 @@ def test_presets_are_the_papers_and_complete():
         assert asdict(algorithm) == copo_preset | differences[name]
         assert algorithm.blend in copo.BLENDS and algorithm.advantage in copo.ADVANTAGES
         assert algorithm.aggregation in copo.AGGREGATIONS
-        assert algorithm.kl_estimator in copo.KL_ESTIMATORS
+        assert algorithm.kl_estimator in copo.KL_ESTIMATORS and algorithm.ratio in copo.RATIOS
+        copo.check_algorithm(algorithm)
+
+
+def test_copo_forced_is_grpo_in_mixed_groups_and_global_in_the_others():
+    """G = 2, R 1, ½, 0: A^g 1, 0, −1; A^l of the mixed group ±√½. Their answers' entropy is no
+    matter."""
+    correct = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
+    classes = torch.tensor([[0, 0], [0, 1], [1, 2]])
+    forced = copo.PRESETS["copo-forced"]
+    result = copo.compute_advantages(correct, correct, classes, None, forced, None)
+    half = math.sqrt(0.5)
+    close(result.weight, [[0, 0], [1, 1], [0, 0]])
+    close(result.effective, [[1, 1], [half, -half], [-1, -1]], 1e-5)
+
+
+def test_copo_group_by_hand():
+    """As above; w of the mixed group is σ(5·(1 − 1)) = ½ for both responses, of the group that is
+    all right σ(−5), of the all-wrong group 0 though its answers differ."""
+    correct = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
+    classes = torch.tensor([[0, 0], [0, 1], [1, 2]])
+    group = copo.PRESETS["copo-group"]
+    result = copo.compute_advantages(correct, correct, classes, None, group, None)
+    half = math.sqrt(0.5)
+    close(result.weight, [[S0, S0], [0.5, 0.5], [0, 0]])
+    close(result.effective, [[1 - S0, 1 - S0], [half / 2, -half / 2], [-1, -1]], 1e-5)
+
+
+@pytest.mark.parametrize("name", copo.VERDICT_ADVANTAGES)
+def test_what_the_verdict_alone_cannot_use_is_refused(name):
+    copo.check_algorithm(copo.Algorithm(advantage=name))
+    with pytest.raises(ValueError, match=f"--advantage {name} .*--overlong-factor .*not 0.5"):
+        copo.check_algorithm(copo.Algorithm(advantage=name, overlong_factor=0.5))
+    with pytest.raises(ValueError, match=f"--advantage {name} .*--no-scale-advantages") as error:
+        copo.check_algorithm(copo.Algorithm(advantage=name, scale_advantages=False))
+    assert "\n" not in str(error.value)
+    for kind in copo.ADVANTAGES.keys() - set(copo.VERDICT_ADVANTAGES):
+        algorithm = copo.Algorithm(advantage=kind, overlong_factor=0.5, scale_advantages=False)
+        copo.check_algorithm(algorithm)
 
 
 # --------------------------------------------------------------------------------- python copo.py
