@@ -196,7 +196,7 @@ def run_checks(number, folder, save=lambda report: None, time_limit=0):
 def main():
     report_path, folder, number, seconds = sys.argv[1:]
     folder = Path(folder).resolve()
-    sys.path.insert(0, str(folder))
+    sys.path.append(str(folder))  # behind the repository: sampler.py must get its own model.py
 
     def save(report):  # whole or not at all: the process may be killed at any time
         partial = Path(f"{report_path}.partial")

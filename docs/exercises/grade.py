@@ -23,7 +23,10 @@ START_LIMIT = 120  # seconds to import what the checks need
 
 
 def run_exercise(number, folder, time_limit=TIME_LIMIT):
-    """Run the checks of one exercise in a process of its own -> report, a line (dict) a check."""
+    """Run the checks of one exercise in a process of its own -> report, a line (dict) a check.
+
+    OSError if the checks cannot start, such as without torch.
+    """
     too_long = f"nothing within {time_limit} s: an endless loop?"
     with tempfile.TemporaryDirectory() as temporary:
         report_path = Path(temporary) / "report.json"
@@ -42,7 +45,7 @@ def run_exercise(number, folder, time_limit=TIME_LIMIT):
         except subprocess.TimeoutExpired:  # the student's file has switched the alarm off
             end = too_long
         if not report_path.exists():
-            raise RuntimeError(f"exercise {number}: the checks did not start; {end}")
+            raise OSError(f"exercise {number}: the checks did not start; {end}")
         report = json.loads(report_path.read_text())
     for line in report:
         line.setdefault("got", end)
@@ -77,7 +80,10 @@ def main(argv=None):
     points = 0
     total = 0
     for number in numbers:
-        report = run_exercise(number, folder)
+        try:
+            report = run_exercise(number, folder)
+        except OSError as error:
+            exit_with_error("grade.py", error)
         print_report(number, report)
         points += sum(line["passed"] for line in report)
         total += len(report)
