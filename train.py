@@ -1925,8 +1925,8 @@ def run_until_end(run):
         train(run)
         record_ending(run, "finished")
         return None
-    except Interrupted:
-        name = run.stop.on_any_rank()
+    except Interrupted as signal_name:
+        name = str(signal_name)
         path = save_checkpoint(run)
         record_ending(run, "stopped", name)
         print0(f"stopped by {name}; saved {path}. To go on: python train.py {resume}")
