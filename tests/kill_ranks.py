@@ -1,7 +1,7 @@
 """Kills ranks of a run of two, again and again, and asks whether the run is still the one that was
 left in peace.
 
-    python tests/kill_ranks.py --kills 50     # about ten minutes; docs/kills.md has the results
+    python tests/kill_ranks.py --kills 50     # about ten minutes; docs/ranks.md has the results
 
 SIGKILL goes to a random rank at a random moment: while it starts, within a step, between a step's
 metrics and its checkpoint, within a save. torchrun --max-restarts starts the ranks again, and they
