@@ -270,23 +270,24 @@ def clamped_difference(logprobs, old_logprobs):
     return (logprobs - old_logprobs).clamp(-20, 20)
 
 
-def token_log_ratio(logprobs, old_logprobs, mask):
-    # log q_bt = clamp(logp_bt − old_logp_bt, ±20)                                     (PPO, GRPO)
-    return clamped_difference(logprobs, old_logprobs)
+def token_ratio(logprobs, old_logprobs, mask):
+    # log q_bt = logp_bt − old_logp_bt                                                 (PPO, GRPO)
+    return logprobs, old_logprobs
 
 
-def sequence_log_ratio(logprobs, old_logprobs, mask):
-    # log q_b = clamp(1/|o_b| Σ_t (logp_bt − old_logp_bt), ±20), the same for all tokens of row b
+def sequence_ratio(logprobs, old_logprobs, mask):
+    # log q_bt = clamp(1/|o_b| Σ_t (logp_bt − old_logp_bt), ±20), one for all tokens of row b
     #                                                             (GSPO, arXiv 2507.18071, eq. 7)
     difference = torch.where(mask, logprobs - old_logprobs, 0.0)
     lengths = mask.sum(dim=1, keepdim=True)
-    mean_difference = difference.sum(dim=1, keepdim=True) / lengths.clamp(min=1)
-    return mean_difference.clamp(-20, 20).expand_as(logprobs)
+    log_ratio = difference.sum(dim=1, keepdim=True) / lengths.clamp(min=1)
+    log_ratio = log_ratio.clamp(-20, 20).expand_as(logprobs)
+    return log_ratio, torch.zeros_like(log_ratio)
 
 
-# Each function takes logprobs, old_logprobs, mask (B,T) and returns log q (B,T). To add one, enter
-# it here: --ratio and the advantage lab read this table.
-RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}
+# Each function takes logprobs, old_logprobs, mask (B,T) and returns two (B,T) whose difference is
+# log q: what clipped_loss takes. To add one, enter it here: --ratio and the lab read this table.
+RATIOS = {"token": token_ratio, "sequence": sequence_ratio}
 
 
 def clipped_loss(logprobs, old_logprobs, advantages, clip_low, clip_high, dual_clip):
@@ -545,11 +546,9 @@ def copo_loss(
     weight = advantages.weight.detach().to(logprobs)[:, None]
     global_weight = algorithm.global_coef * (1 - weight)
     clips = (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip)
-    log_ratio = choose(RATIOS, algorithm.ratio, "ratio")(logprobs, old_logprobs, mask)
-    # clipped_loss looks at the difference of its first two arguments only: log q − 0.
-    zeros = torch.zeros_like(log_ratio)
-    local_loss = clipped_loss(log_ratio, zeros, local_adv, *clips)
-    global_loss = clipped_loss(log_ratio, zeros, global_adv, *clips)
+    ratio_terms = choose(RATIOS, algorithm.ratio, "ratio")(logprobs, old_logprobs, mask)
+    local_loss = clipped_loss(*ratio_terms, local_adv, *clips)
+    global_loss = clipped_loss(*ratio_terms, global_adv, *clips)
     # ℓ_COPO = w·ℓ(A^l) + coef·(1 − w)·ℓ(A^g)                               (authors: policy_loss)
     # The losses are blended, not the advantages: each is clipped by its own advantage's sign.
     token_loss = weight * local_loss + global_weight * global_loss
@@ -561,7 +560,7 @@ def copo_loss(
         token_loss = token_loss + algorithm.kl_coef * kl
     loss = aggregate(token_loss, mask, algorithm.aggregation, max_tokens, num_tokens, num_sequences)
     with torch.no_grad():
-        ratio = log_ratio.exp()
+        ratio = clamped_difference(*ratio_terms).exp()
         # KL(old ‖ new), of the update itself: between the tokens' distributions, whatever q is
         token_kl = k3(clamped_difference(logprobs, old_logprobs))
         metrics = {
