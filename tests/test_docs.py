@@ -40,7 +40,7 @@ HUB = "needs a model or data from the Hub, and a GPU or days; never run as print
 # they are not run here.
 LONG = {
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python ...": (
-        "the demonstration, MEASURE-F s on two cores of the Intel, after the installation"
+        "the demonstration: some minutes on two cores, after the installation"
     ),
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/pip ...": (
         ".ci/run does it"
