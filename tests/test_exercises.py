@@ -45,6 +45,10 @@ def blanked(tmp_path_factory):
     return folder
 
 
+def functions_of(text):
+    return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+
+
 def run_script(script, *arguments):
     command = [sys.executable, ROOT / "docs" / "exercises" / script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -67,14 +71,24 @@ def test_blanked_files_score_nothing_and_are_told_what_to_write(number, blanked)
         assert "is still to be written" in line["got"]
 
 
+def replace_once(text, names, old, new):
+    """Replace the only occurrence of `old` in these functions of the text."""
+    holders = []
+    for name, node in functions_of(text).items():
+        if name in names and old in ast.get_source_segment(text, node):
+            holders.append(ast.get_source_segment(text, node))
+    assert len(holders) == 1, f"{old!r} is in {len(holders)} functions of {', '.join(names)}"
+    assert holders[0].count(old) == 1
+    return text.replace(holders[0], holders[0].replace(old, new))
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant["replace"][0][1].strip())
 def test_a_mutant_costs_its_exercise_a_point(mutant, tmp_path):
     number = mutant["exercise"]
     exercise = blank.EXERCISES[number]
     text = (ROOT / exercise.source).read_text()
     for old, new in mutant["replace"]:
-        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {exercise.source}"
-        text = text.replace(old, new)
+        text = replace_once(text, exercise.functions, old, new)
     (tmp_path / exercise.file).write_text(text)
     report = checks.run_checks(number, tmp_path)
     failed = [line for line in report if not line["passed"]]
@@ -179,10 +193,6 @@ def test_a_file_may_print_and_import_another_of_its_folder(solved, tmp_path):
 
 
 # -------------------------------------------------------------------------------------- blank.py
-
-
-def functions_of(text):
-    return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -34,7 +34,11 @@ class Exercise(NamedTuple):
 
 EXERCISES = {
     1: Exercise("copo.py", ("consistency_entropy",), 15),
-    2: Exercise("copo.py", ("standardise", "group_advantage", "global_advantages"), 30),
+    2: Exercise(
+        "copo.py",
+        ("sample_variance", "standardise", "group_advantage", "global_advantages"),
+        30,
+    ),
     3: Exercise("copo.py", ("correct_response", "solved_group", "mixed_group", "local_weight"), 30),
     4: Exercise("copo.py", ("clipped_loss",), 40),
     5: Exercise("copo.py", ("aggregate",), 40),
