@@ -265,6 +265,20 @@ def test_flags_that_checkpoints_depend_on_cannot_change(runs, capsys, flags):
     )
 
 
+def test_a_run_of_older_code_is_refused(runs, capsys):
+    """Its checkpoints and flags are of another format; the commit that can go on is named."""
+    directory = shutil.copytree(runs.shared(**FLAGS), runs.directory())
+    run_info = json.loads((directory / "run.json").read_text())
+    assert run_info.pop("format") == 2
+    (directory / "run.json").write_text(json.dumps(run_info))
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as end:
+        resume(directory, "--steps", "9")
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.count("\n") == 1 and "ce7ac25" in message
+    assert before == {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def test_kl_cannot_begin_later_after_a_warm_start(runs, capsys):
     directory = runs.new(**FLAGS | {"kl_coef": 0.0, "steps": 1})
     with pytest.raises(SystemExit) as end:
