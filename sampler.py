@@ -295,12 +295,13 @@ class Decoder:
     def draw(self, rows, logits):
         """Draw and store one token of each of these rows (a slice). A row that is done stays where
         it is."""
-        row, last, _, drawn, limit, live = self.state[:, rows]
+        row, last, position, drawn, limit, live = self.state[:, rows]
         token, logprob = sample_token(logits, self.noise[row, drawn], **self.sampling)
         self.tokens[row, drawn] = token
         self.logprobs[row, drawn] = logprob
         last.copy_(token)
-        self.state[2:4, rows] += live  # position and tokens drawn
+        position += live
+        drawn += live
         stopped = (token[:, None] == self.stops).any(1)
         live *= (drawn < limit) & ~stopped
 
