@@ -3,6 +3,7 @@
     python eval.py --model runs/demo/model --data data/arithmetic_test.jsonl --instruction "" \\
         --max-new-tokens 64
     python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data problems.jsonl --greedy
+    python eval.py --run runs/mine                # a run's model, as the run itself evaluates
     torchrun --nproc-per-node 8 eval.py --model DIR --data problems.jsonl     # on eight GPUs
 
 Sampler and grader are those of training. The noise of a response depends on (seed, data row,
@@ -18,12 +19,15 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from reward import SHAPES, Verifier, load_problems
@@ -132,8 +136,8 @@ def number_in(kind, interval):
     return parse
 
 
-def parse_flags(argv):
-    """Parse the flags and check them; a wrong one ends in one line and exit code 2."""
+def make_parser():
+    """All flags. Those of --run's run replace the defaults, see flags_of_run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = partial(exit_with_error, "eval.py")
     whole = number_in(int, "[0, inf)")
@@ -141,16 +145,19 @@ def parse_flags(argv):
     positive = number_in(float, "(0, inf)")
     share = number_in(float, "(0, 1]")
     add = parser.add_argument
-    add("--model", required=True, help="directory or Hub id of a model")
-    add("--data", required=True, help="problems: JSONL, parquet or hf://datasets/OWNER/NAME/FILE")
+    add("--run", metavar="DIR", help="evaluate this run of train.py as it evaluates itself")
+    add("--checkpoint", metavar="NAME", help="of the run: step-000020, or an export, model-000020")
+    add("--model", help="directory or Hub id of a model")
+    add("--data", help="problems: JSONL, parquet or hf://datasets/OWNER/NAME/FILE")
     add("--problem-field", help="field of the problem, a.b for b in a (default: known shapes)")
     add("--answer-field", help="field of the answer, likewise")
     add("--data-fraction", type=share, default=1.0, help="share of the problems, drawn by --seed")
     add("--k", type=count, help="samples per problem (default 8, with --greedy 1)")
-    add("--temperature", type=positive, default=1.0, help="of sampling (for 0 say --greedy)")
+    add("--temperature", type=positive, help="of sampling (default 1; for 0 say --greedy)")
     add("--top-p", type=share, default=1.0, help="nucleus sampling: probability kept (1 = all)")
     add("--top-k", type=whole, default=0, help="sample from this many likeliest tokens (0 = all)")
     add("--greedy", action="store_true", help="take the likeliest token, so one response a problem")
+    add("--max-prompt-tokens", type=count, help="drop longer prompts (default: none)")
     add("--max-new-tokens", type=count, default=512, help="longest response in tokens")
     add("--limit", type=whole, default=0, help="only the first so many problems (0 = all)")
     add("--seed", type=whole, default=0, help="of sampling noise, intervals, random_init weights")
@@ -165,52 +172,131 @@ def parse_flags(argv):
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--rollout-batch", type=whole, default=256, help="most responses in flight (0 = all)")
     add("--out", metavar="FILE", help="write one JSON line per response, all of them or none")
+    parser.set_defaults(weights=None)  # a checkpoint of --run, which has only weights
+    return parser
+
+
+def parse_flags(argv):
+    """The command line's flags on top of those of --run's run; ValueError if any is wrong."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     distribution = (args.temperature, args.top_p, args.top_k)
-    if args.greedy and (args.k not in (None, 1) or distribution != (1, 1, 0)):
-        parser.error(
+    if args.greedy and (args.k not in (None, 1) or distribution != (None, 1, 0)):
+        raise ValueError(
             "--greedy has one response and no distribution: leave out --k, --temperature, --top-p "
             "and --top-k"
         )
+    if args.run:
+        parser.set_defaults(**flags_of_run(Path(args.run), args))
+        args = parser.parse_args(argv)
+    if not (args.model and args.data):
+        raise ValueError("--model and --data are needed, or --run, which knows its own")
     if bool(args.problem_field) != bool(args.answer_field):
-        parser.error("--problem-field and --answer-field belong together")
+        raise ValueError("--problem-field and --answer-field belong together")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda, but torch finds no CUDA device here")
+        raise ValueError("--device is cuda, but torch finds no CUDA device here")
     if args.out and (Path(args.out).is_dir() or not os.access(Path(args.out).parent, os.W_OK)):
-        parser.error(
+        raise ValueError(
             f"--out {args.out} cannot be written: it needs a file name in an existing, writable "
             "directory"
         )
     args.k = args.k or (1 if args.greedy else 8)
+    args.temperature = args.temperature or 1.0
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return args
 
 
-def select_problems(args):
-    """The problems to ask -> (problems, Counter of those dropped by reason)."""
+# ------------------------------------------------------------------------------- a run of train.py
+
+TINY_MODEL = Path(__file__).resolve().parent / "data/tiny"  # of a run without --model
+# Flags that have one name in train.py and here
+RUN_FLAGS = (
+    "problem_field answer_field max_prompt_tokens max_new_tokens system stop instruction reward "
+    "dtype rollout_batch"
+)
+
+
+def flags_of_run(run, typed):
+    """What evaluates a run as it evaluates itself: defaults of this program's flags.
+
+    typed: the command line's flags, for what excludes one of the run's.
+    """
+    flags = json.loads((run / "run.json").read_text())["flags"]
+    values = {name: flags.get(name) for name in RUN_FLAGS.split()}
+    values |= {"data": flags["eval_data"], "limit": flags["eval_problems"]}
+    if flags["eval_temperature"] == 0 and not (typed.k or typed.temperature):
+        values["greedy"] = True
+    elif not typed.greedy:
+        values |= {"k": flags["eval_samples"], "temperature": flags["eval_temperature"]}
+    if not typed.model:
+        values |= find_weights(run, typed.checkpoint, flags["model"])
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def find_weights(run, name, base):
+    """The weights of a run called `name`, else the newest -> {"model": …, "checkpoint": …}.
+
+    base: the model that the run started from, which gets a checkpoint's weights.
+    """
+    places = [run / "model", *sorted(run.glob("checkpoints/s*"))[-1:]]
+    if name:
+        places = [run / name, run / "checkpoints" / name]
+    for place in places:
+        if (place / "config.json").is_file():
+            return {"model": str(place)}
+        if (place / "state.json").is_file():
+            return {"model": base or str(TINY_MODEL), "weights": place}
+    raise ValueError(f"--run {run} has no checkpoint or exported model {name or 'yet'}")
+
+
+def load_trained_weights(model, checkpoint):
+    """Replace the weights of a model by those of a checkpoint of train.py."""
+    # One process needs no process group, and no word about that.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    try:
+        single = world_size() == 1
+        dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint, no_dist=single)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]  # the lines above are a traceback
+        raise ValueError(f"cannot read the checkpoint {checkpoint}: {reason}") from error
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+def select_problems(args, tokenizer):
+    """The problems to ask -> (problems, their prompts, Counter of those dropped by reason)."""
     shapes = SHAPES
     if args.problem_field:
         shapes = [(args.problem_field, args.answer_field, "solution")]
+        if args.run:  # whose held-out file may also have one of the known shapes
+            shapes += SHAPES
     dropped = Counter()
-    problems = load_problems(args.data, dropped, shapes, args.data_fraction, args.seed)
-    if args.limit:
-        problems = problems[: args.limit]
+    problems = []
+    prompts = []
+    for problem in load_problems(args.data, dropped, shapes, args.data_fraction, args.seed):
+        prompt = encode_prompt(tokenizer, problem.problem, args.system, args.instruction)
+        if args.max_prompt_tokens and len(prompt) > args.max_prompt_tokens:
+            dropped[f"prompt over {args.max_prompt_tokens} tokens"] += 1
+        else:
+            problems.append(problem)
+            prompts.append(prompt)
     if not problems:
         reasons = dict(dropped) or "none"
         raise ValueError(f"{args.data} holds no usable problem (dropped: {reasons})")
-    return problems, dropped
+    limit = args.limit or None
+    return problems[:limit], prompts[:limit], dropped
 
 
 def evaluate(args):
     """Sample and grade k responses to each problem; print the metrics, write the responses."""
-    problems, dropped = select_problems(args)
     model, tokenizer, stop_ids = load_model(
         args.model, args.dtype, args.device, args.stop, seed=args.seed
     )
-    prompts = []
-    for problem in problems:
-        prompts.append(encode_prompt(tokenizer, problem.problem, args.system, args.instruction))
+    if args.weights:
+        load_trained_weights(model, args.weights)
+    problems, prompts, dropped = select_problems(args, tokenizer)
     print_settings(args, len(problems), dropped)
     started = time.monotonic()
     hidden = rank() > 0 or None  # None: a bar on a terminal, nothing in a log file
@@ -238,6 +324,7 @@ def evaluate(args):
     if rank() == 0:
         if args.out:
             write_responses(args.out, rollout)
+        print_metrics(rollout, args)
         print_statistics(rollout, args, seconds)
 
 
@@ -249,20 +336,32 @@ def print_settings(args, num_problems, dropped):
         shape = f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}"
         sampling = f"{args.k} samples each at {shape}, seed {args.seed}"
     print0(f"model     {args.model}, {args.dtype} on {args.device}{ranks}")
+    if args.weights:
+        print0(f"weights   {args.weights}")
     print0(f"data      {args.data}: {num_problems} problems{''.join(reasons)}")
     print0(f"sampling  {sampling}, at most {args.max_new_tokens} tokens")
     if args.reward:
         print0(f"reward    {args.reward}")
 
 
-def print_statistics(rollout, args, seconds):
-    """Print every metric with its interval, then what explains them."""
+def print_metrics(rollout, args):
+    """Print every metric with its interval, and then what the run itself found last."""
     print(f"\n{'metric':<10}{'value':>8}    95 % interval")
     for name, values in metrics_per_problem(rollout.correct, rollout.classes).items():
         low, high = bootstrap_interval(values, seed=args.seed)
         print(f"{name:<10}{values.mean():>8.1%}    {low:6.1%} .. {high:6.1%}")
+    if args.run and Path(args.run, "eval.jsonl").is_file():
+        lines = Path(args.run, "eval.jsonl").read_text().splitlines()
+        form = (
+            "{k} samples: mean@{k} {mean:.1%}, maj@{k} {maj:.1%}, by the run itself at step {step}"
+        )
+        print(form.format(**json.loads(lines[-1])))
     print("\nIntervals: bootstrap over problems.", end=" ")
     print("maj@k: missing answers do not vote, ties share the credit.")
+
+
+def print_statistics(rollout, args, seconds):
+    """Print what explains the metrics."""
     lengths = rollout.lengths.double()
     finished = rollout.finished.double().mean().item()
     no_answer = (rollout.classes == -1).double().mean().item()
@@ -308,8 +407,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--compare" in argv:
         exit_with_error("eval.py", "runs are compared by: python study/compare.py RUN ...")
-    args = parse_flags(argv)
     try:
+        args = parse_flags(argv)
         init_distributed(args.device, timeout=7200)
         evaluate(args)
         shutdown_distributed()

@@ -4,24 +4,28 @@ Bugs these tests guard against: "no answer" winning a vote; a tie broken by the 
 samples; a biased pass@k; an interval over samples where problems should be resampled; noise that
 depends on the batch, on --limit or on the order of the problems; a share of correct answers that
 disagrees with the file written beside it; half a file after a failure; a traceback where a sentence
-would do; a grader of the user's that is not the one that runs.
+would do; a grader of the user's that is not the one that runs; a run evaluated in another way than
+it evaluates itself.
 """
 
 import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import eval as evaluation  # the name would hide the builtin
 import sampler
+import train
 from eval import (
     bootstrap_interval,
     main,
@@ -249,7 +253,7 @@ def test_what_is_graded_is_what_was_sampled(capsys, loaded, checkpoint, tmp_path
     assert column("length") == [[16, 10, 12], [6, 12, 10]]
     assert column("finished") == [[True, True, True], [False, True, True]]
     assert column("failed") == [[""] * 3] * 2
-    assert seen["rows"] == [3, 11] and seen["seed"] == 5 and seen["group_size"] == 3
+    assert list(seen["rows"]) == [3, 11] and seen["seed"] == 5 and seen["group_size"] == 3
     assert seen["max_rows"] == 4 and seen["max_new_tokens"] == 20 and seen["stop_ids"] == stop_ids
     assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.7, 0.9, 5)
     prompts = [tokenizer.decode(prompt) for prompt in seen["prompts"]]
@@ -361,7 +365,7 @@ def test_flags_reach_the_sampler(capsys, checkpoint, data, monkeypatch):
     flags = "--k 3 --temperature 0.5 --top-p 0.9 --top-k 7 --rollout-batch 4 --seed 8 --limit 1"
     flags += " --dtype float64"
     text = run(capsys, checkpoint, data, *flags.split())
-    assert (seen["k"], seen["length"], seen["seed"], seen["rows"]) == (3, 6, 8, [0])
+    assert (seen["k"], seen["length"], seen["seed"], list(seen["rows"])) == (3, 6, 8, [0])
     assert (seen["temperature"], seen["top_p"], seen["top_k"]) == (0.5, 0.9, 7)
     assert (seen["max_rows"], seen["dtype"]) == (4, torch.float64)
     assert "float64 on cpu" in text
@@ -551,3 +555,110 @@ def test_ones_own_grader_decides_and_its_failures_are_counted(capsys, checkpoint
     assert "grading failed 2, 2 for exception" in text
     assert f"mean reward {np.mean(rewards):.4f}" in text and "by_length" in text
     assert "grading failed 0" in run(capsys, checkpoint, data, "--k", 1)
+
+
+# -------------------------------------------------------------------------------- a run of train.py
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tiny_runs.Runs(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def trained(runs):
+    """A run in float64 whose evaluation differs from eval.py's defaults in everything it can."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Verifier", tiny_runs.Judge)
+        return runs.new(
+            max_prompt_tokens=12,
+            max_new_tokens=5,
+            eval_samples=3,
+            eval_problems=3,
+            eval_temperature=0.7,
+            instruction="=",
+            system="1",
+            stop=["<stop>"],
+            keep=9,
+            export_every=1,
+        )
+
+
+def own_evaluation(run, step):
+    (line,) = [line for line in tiny_runs.evaluations(run) if line["step"] == step]
+    return line
+
+
+def correct_by_problem(path, k):
+    return np.array([line["correct"] for line in read(path)]).reshape(-1, k).mean(axis=1).tolist()
+
+
+def evaluate_run(capsys, tmp_path, run, *flags):
+    main(["--run", str(run), "--device", "cpu", "--out", str(tmp_path / "out"), *map(str, flags)])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_checkpoint_is_evaluated_as_its_run_did(capsys, tmp_path, trained, step):
+    """In float64, so the same responses, bit for bit."""
+    own = own_evaluation(trained, step)
+    name = f"step-{step:06d}"
+    text = evaluate_run(capsys, tmp_path, trained, "--checkpoint", name)
+    assert correct_by_problem(tmp_path / "out", 3) == own["per_problem"]
+    assert name in text and f"mean@3    {own['mean']:>8.1%}" in text
+    last = own_evaluation(trained, 2)
+    beside = f"mean@3 {last['mean']:.1%}, maj@3 {last['maj']:.1%}, by the run itself at step 2"
+    assert beside in text
+    lengths = [line["length"] for line in read(tmp_path / "out")]
+    assert np.mean(lengths) == own["length_mean"] and max(lengths) <= 5
+
+
+def test_without_a_name_the_exported_model_is_evaluated(capsys, tmp_path, trained):
+    assert f"{trained}/model, float64 on cpu" in evaluate_run(capsys, tmp_path, trained)
+    assert read(tmp_path / "out")[0]["row"] == 0 and len(read(tmp_path / "out")) == 9
+    text = evaluate_run(capsys, tmp_path, trained, "--checkpoint", "model-000001")
+    assert f"{trained}/model-000001, float64" in text
+
+
+def test_a_run_without_an_export_is_evaluated_from_its_newest_checkpoint(capsys, tmp_path, trained):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(trained, unfinished, ignore=shutil.ignore_patterns("model", "eval.jsonl"))
+    text = evaluate_run(capsys, tmp_path, unfinished)
+    assert "step-000002" in text and "by the run itself" not in text
+    assert correct_by_problem(tmp_path / "out", 3) == own_evaluation(trained, 2)["per_problem"]
+    shutil.rmtree(unfinished / "checkpoints")
+    assert "no checkpoint or exported model yet" in refused(capsys, ["--run", unfinished])
+
+
+def test_flags_of_a_run_can_be_overridden(capsys, tmp_path, runs, trained, data):
+    flags = ["--k", 2, "--temperature", 1.0, "--max-new-tokens", 4, "--dtype", "float32"]
+    flags += ["--data", data, "--limit", 0, "--model", runs.base["model"]]
+    flags += ["--instruction", ""]
+    text = evaluate_run(capsys, tmp_path, trained, *flags, "--max-prompt-tokens", 40)
+    assert "2 samples each at temperature 1, top-p 1" in text and "at most 4 tokens" in text
+    assert f"{runs.base['model']}, float32" in text and "problems.jsonl: 5 problems" in text
+    assert "mean@2" in text and "mean@3" in text  # its own, with another k
+    assert len(read(tmp_path / "out")) == 10
+    text = evaluate_run(capsys, tmp_path, trained, "--greedy")
+    assert "one greedy response each" in text and len(read(tmp_path / "out")) == 3
+
+
+def test_a_run_that_evaluates_greedily(capsys, tmp_path, trained):
+    greedy = shutil.copytree(trained, tmp_path / "greedy")
+    info = json.loads((greedy / "run.json").read_text())
+    info["flags"]["eval_temperature"] = 0.0
+    (greedy / "run.json").write_text(json.dumps(info))
+    assert "one greedy response each" in evaluate_run(capsys, tmp_path, greedy)
+    text = evaluate_run(capsys, tmp_path, greedy, "--temperature", 1.0)
+    assert "3 samples each at temperature 1," in text
+
+
+def test_what_is_no_run_is_refused(capsys, tmp_path, trained):
+    assert "run.json" in refused(capsys, ["--run", tmp_path])
+    assert "model step-9" in refused(capsys, ["--run", trained, "--checkpoint", "step-9"])
+    assert "--run" in refused(capsys, ["--data", "x"])
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    for file in (broken / "checkpoints/step-000001").glob("*.distcp"):
+        file.write_bytes(b"?")
+    message = refused(capsys, ["--run", broken, "--checkpoint", "step-000001", "--device", "cpu"])
+    assert "cannot read the checkpoint" in message and "step-000001" in message
