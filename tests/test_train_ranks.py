@@ -1,11 +1,12 @@
-"""Several ranks give the numbers of one process: under torchrun where its own part matters, else forked and as it
-would start them, which saves each of them five seconds of imports.
+"""Several ranks give the numbers of one process: under torchrun where its own part matters, else
+forked and as it would start them, which saves each of them five seconds of imports.
 
-Guards against: gradients averaged over ranks; counts, advantages or metrics of one rank only; prompts or held-out
-problems that change their noise with the rank that samples them; ranks with fewer sequences than others that leave
-them waiting; checkpoints that only the same number of ranks can read; files written twice.
-"""
+Guards against: gradients averaged over ranks; counts, advantages or metrics of one rank only;
+prompts or held-out problems that change their noise with the rank that samples them; ranks with
+fewer sequences than others that leave them waiting; checkpoints that only the same number of ranks
+can read; files written twice."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -31,10 +32,25 @@ def runs(tmp_path_factory):
 
 def launch(ranks, argv, script=train.__file__, options=()):
     """torchrun, started; the launcher is this interpreter's."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        *options,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(train.__file__).parent),
+    }
     return subprocess.Popen(
-        [*launcher, script, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*launcher, script, *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
@@ -62,18 +78,30 @@ def assert_same(ours, theirs):
     for one, other in zip(ours, theirs):
         assert one.keys() == other.keys()
         for name in one:
-            assert one[name] == pytest.approx(other[name], rel=1e-9, abs=1e-9), f"step {one['step']}: {name}"
+            assert one[name] == pytest.approx(other[name], rel=1e-9, abs=1e-9), (
+                f"step {one['step']}: {name}"
+            )
 
 
 def weights_agree(one, other):
     one, other = tiny_runs.weights(one), tiny_runs.weights(other)
-    return all((one[name] - other[name]).abs().max() <= 1e-9 * one[name].abs().max() for name in one)
+    return all(
+        (one[name] - other[name]).abs().max() <= 1e-9 * one[name].abs().max() for name in one
+    )
 
 
-# Ten prompts in two updates of five groups of four; some three rows in a micro-batch. Of two, three or four ranks,
+# Ten prompts in two updates of five groups of four; some three rows in a micro-batch. Of two, three
+# or four ranks,
 # some divide neither the prompts, nor four held-out problems, nor the twenty rows of an update.
-FLAGS = {"steps": 10, "prompts_per_step": 10, "minibatch_prompts": 5, "micro_tokens": 40, "export_dtype": "float64",
-         "eval_every": 4, "save_every": 2}  # fmt: skip
+FLAGS = {
+    "steps": 10,
+    "prompts_per_step": 10,
+    "minibatch_prompts": 5,
+    "micro_tokens": 40,
+    "export_dtype": "float64",
+    "eval_every": 4,
+    "save_every": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +120,23 @@ def assert_same_groups(one, other):
     """The same responses, as far as answers, lengths and classes tell, and the same rewards."""
     groups = [tiny_runs.lines(directory / "groups.jsonl") for directory in (one, other)]
     for ours, theirs in zip(*groups, strict=True):
-        assert all(ours[name] == theirs[name] for name in ("step", "row", "answers", "reward", "length", "class"))
+        assert all(
+            ours[name] == theirs[name]
+            for name in ("step", "row", "answers", "reward", "length", "class")
+        )
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_several_ranks_give_the_run_of_one(runs, alone, ranks):
-    """Ten steps in float64: the same responses and rewards, metrics and weights to 1e-9. Two are torchrun's own."""
+    """Ten steps in float64: the same responses and rewards, metrics and weights to 1e-9. Two are
+    torchrun's own."""
     directory = runs.directory()
     argv = runs.argv(FLAGS, run_dir=directory)
     output = torchrun(2, argv) if ranks == 2 else forked(runs, ranks, train.main, argv)
     assert output.count("held-out mean@2") == 1  # one rank speaks
     assert_same_run(alone, directory)
-    assert any(line["mixed"] > 0 for line in tiny_runs.metrics(alone))  # there was something to learn
+    # there was something to learn
+    assert any(line["mixed"] > 0 for line in tiny_runs.metrics(alone))
 
 
 def test_a_run_goes_from_one_rank_to_two_to_four_and_back(runs, alone):
@@ -120,7 +153,8 @@ def test_a_run_goes_from_one_rank_to_two_to_four_and_back(runs, alone):
 
 
 def test_gradients_do_not_depend_on_ranks_or_budgets(runs):
-    """Every blend, ratios that are not 1, ragged rows: gradients and metrics to 1e-9 of each tensor's largest."""
+    """Every blend, ratios that are not 1, ragged rows: gradients and metrics to 1e-9 of each
+    tensor's largest."""
     flags = {**FLAGS, "max_grad_norm": 0.0}
     files = {ranks: runs.folder / f"updates{ranks}.pt" for ranks in (1, 2, 4)}
     for ranks, file in files.items():
@@ -142,20 +176,21 @@ def test_gradients_do_not_depend_on_ranks_or_budgets(runs):
 
 
 def test_float32_steps_agree_from_the_same_start(runs, monkeypatch):
-    """Each of ten steps on two ranks, from one rank's checkpoint and with its responses: losses to 1e-5."""
-    batches, losses, inner = [], [], train.train_on
+    """Each of ten steps on two ranks, from one rank's checkpoint and with its responses: losses to
+    1e-5."""
+    rollouts, losses, inner = [], [], train.update_policy
 
-    def watched(run, batch, signals):
-        batches.append(batch)
-        totals = inner(run, batch, signals)
-        losses.append(totals.means()["loss"])
-        return totals
+    def watched(run, rollout, advantages):
+        rollouts.append(rollout)
+        metrics = inner(run, rollout, advantages)
+        losses.append(metrics["loss"])
+        return metrics
 
     flags = {**FLAGS, "dtype": "float32", "save_every": 1, "keep": 20}
-    monkeypatch.setattr(train, "train_on", watched)
+    monkeypatch.setattr(train, "update_policy", watched)
     directory, file = runs.new(**flags), runs.folder / "steps.pt"
     checkpoints = [None, *sorted((directory / "checkpoints").glob("step-*"))[:9]]
-    torch.save((batches, checkpoints), file)
+    torch.save((rollouts, checkpoints), file)
     job(runs, 2, "steps", file, runs.argv(flags, run_dir=runs.directory()))
     assert torch.load(file) == pytest.approx(losses, abs=1e-5) and len(losses) == 10
     assert max(map(abs, losses)) > 1e-3
@@ -173,51 +208,71 @@ def test_one_rank_has_nothing_but_short_responses(runs):
 
 def test_more_ranks_than_sequences_and_a_warm_start_with_a_reference(runs):
     """Two prompts of two responses on three ranks, one row an update less than there are ranks."""
-    flags = {"steps": 2, "prompts_per_step": 2, "minibatch_prompts": 1, "group_size": 2, "sft_steps": 2, "sft_batch": 2,
-             "kl_coef": 0.1, "overlong_factor": 1.0, "overlong_buffer": 6.0, "stop": ["=", "+", "?"],
-             "export_dtype": "float64", "blend": "local"}  # fmt: skip
+    flags = {
+        "steps": 2,
+        "prompts_per_step": 2,
+        "minibatch_prompts": 1,
+        "group_size": 2,
+        "sft_steps": 2,
+        "sft_batch": 2,
+        "kl_coef": 0.1,
+        "overlong_factor": 1.0,
+        "overlong_buffer": 6.0,
+        "stop": ["=", "+", "?"],
+        "export_dtype": "float64",
+        "blend": "local",
+    }
     alone, directory = runs.shared(**flags), runs.directory()
     forked(runs, 3, train.main, runs.argv(flags, run_dir=directory))
-    # Lengths, and so rewards, differ. With the KL term alone the first gradient is nothing but rounding, which AdamW
-    # blows up (g / (|g| + 1e-8)): its next gradient then agreed to 1e-5, not 1e-9, on one make of CPU.
+    # Lengths, and so rewards, differ. With the KL term alone the first gradient is nothing but
+    # rounding, which AdamW
+    # blows up (g / (|g| + 1e-8)): its next gradient then agreed to 1e-5, not 1e-9, on one make of
+    # CPU.
     assert all(line["grad_norm"] > 0.01 for line in tiny_runs.metrics(alone))
     assert_same(tiny_runs.metrics(alone), tiny_runs.metrics(directory))
     assert weights_agree(alone, directory)
 
 
 def test_shares_of_tokens_are_even():
-    """At most 5 % above the mean on a lognormal mix at 8 ranks, as deal()'s docstring says."""
+    """At most 5 % above the mean on a lognormal mix at 8 ranks, as the docstring says."""
     generator = np.random.default_rng(0)
     for _ in range(20):
         lengths = generator.lognormal(5.5, 0.8, size=128).clip(1, 2048).astype(int).tolist()
-        shares = train.deal(lengths, 8)
-        assert sorted(row for share in shares for row in share) == list(range(128))
-        loads = [sum(lengths[row] for row in share) for share in shares]
+        chunks = [train.Chunk([row], length) for row, length in enumerate(lengths)]
+        shares = train.balance_over_ranks(chunks, 8)
+        assert sorted(chunk.rows[0] for share in shares for chunk in share) == list(range(128))
+        loads = [sum(chunk.tokens for chunk in share) for share in shares]
         assert max(loads) <= 1.05 * sum(loads) / 8
 
 
 def test_empty_micro_batches_fill_up_the_shorter_ranks(monkeypatch):
-    pairs = [([1, 2], [3] * n) for n in (6, 1, 1)]
-    monkeypatch.setattr(train, "world", lambda: 2)
+    pairs = {row: ([1, 2], [3] * n) for row, n in enumerate((6, 1, 1))}
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    args = argparse.Namespace(micro_tokens=3, device="cpu")
     seen = []
     for rank in range(2):
         monkeypatch.setattr(train, "rank", lambda rank=rank: rank)
-        args = type("Flags", (), {"micro_tokens": 3, "device": "cpu"})
-        seen.append([(part.tolist(), lengths.tolist()) for part, _, _, lengths, _ in train.packed_parts(pairs, args)])
-    assert seen[0] == [([0], [6]), ([0], [0])]  # the second has no tokens: its row is only a stand-in
+        batches = list(train.micro_batches(pairs, args))
+        seen.append([(batch.rows.tolist(), batch.mask.sum(1).tolist()) for batch in batches])
+    assert seen[0] == [([0], [6]), ([0], [0])]  # the second has no tokens: its row is a stand-in
     assert seen[1] == [([1], [1]), ([2], [1])]
 
 
-def test_totals_of_ranks_are_sums_and_maxima(monkeypatch):
-    ours = train.Totals()
-    ours.add("x", torch.tensor(3.0), 2)
-    ours.add("y_max", torch.tensor(1.0))
-    theirs = {"x": torch.tensor([5.0, 2.0]), "z": torch.tensor([1.0, 1.0]), "y_max": torch.tensor([4.0, 1.0])}
-    monkeypatch.setattr(train, "gather", lambda value: [value, theirs])
-    assert ours.reduced().means() == {"x": 2.0, "z": 1.0, "y_max": 4.0}
+def test_metrics_of_ranks_are_sums_and_maxima(monkeypatch):
+    ours = train.MetricSums()
+    ours.add({"x": (torch.tensor(3.0), torch.tensor(2)), "y_max": torch.tensor([1.0, 1.0])})
+    theirs = {
+        "x": torch.tensor([5.0, 2.0]),
+        "z": torch.tensor([1.0, 1.0]),
+        "y_max": torch.tensor([4.0, 1.0]),
+    }
+    monkeypatch.setattr(train, "all_gather", lambda value: [value, theirs])
+    assert ours.means() == {"x": 2.0, "z": 1.0, "y_max": 4.0}
 
 
-# ------------------------------------------------------------------------------------------------------------- faults
+# --------------------------------------------------------------------------------------------------
+# ----------- faults
+
 
 def newest(directory):
     return sorted(path.name for path in (directory / "checkpoints").glob("step-*"))[-1]
@@ -235,7 +290,10 @@ def wait_for(path, process):
 
 def children(process):
     """Process ids of a launcher's ranks."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
 
 
 def test_a_failing_rank_ends_the_job_with_its_reason(runs):
@@ -248,7 +306,8 @@ def test_a_failing_rank_ends_the_job_with_its_reason(runs):
 
 
 def test_a_rank_that_hangs_ends_the_job_in_bounded_time(runs, alone):
-    """A stopped process neither answers nor dies: its peer gives up after --timeout, torchrun then kills it."""
+    """A stopped process neither answers nor dies: its peer gives up after --timeout, torchrun then
+    kills it."""
     directory = runs.directory()
     argv = runs.argv(FLAGS, run_dir=directory, timeout=10, save_every=1, steps=10_000)
     process = launch(2, argv, options=["--shutdown-timeout", "3"])
@@ -283,7 +342,8 @@ def test_sigterm_saves_once_and_exits_in_order(runs):
 
 
 def test_a_rank_ends_well_whatever_gloo_s_threads_still_hold(runs):
-    """They waited for the lock of an interpreter that was ending, and aborted a job whose work was done."""
+    """They waited for the lock of an interpreter that was ending, and aborted a job whose work was
+    done."""
     argv = runs.argv(FLAGS, run_dir=runs.directory(), steps=1, eval_every=0)
     torchrun(2, ["ending", "-", *argv], rank_jobs.__file__)
 
@@ -295,8 +355,25 @@ def test_killed_ranks_that_torchrun_restarts_make_the_same_run(tmp_path):
 
 
 def test_evaluation_on_ranks_is_that_of_one(runs, tmp_path, capsys):
-    argv = ["--model", str(runs.base["model"]), "--data", str(runs.base["data"]), "--k", "3", "--max-new-tokens", "6",
-            "--dtype", "float64", "--device", "cpu", "--instruction", "", "--limit", "7", "--out"]  # fmt: skip
+    argv = [
+        "--model",
+        str(runs.base["model"]),
+        "--data",
+        str(runs.base["data"]),
+        "--k",
+        "3",
+        "--max-new-tokens",
+        "6",
+        "--dtype",
+        "float64",
+        "--device",
+        "cpu",
+        "--instruction",
+        "",
+        "--limit",
+        "7",
+        "--out",
+    ]
     evaluation.main([*argv, str(tmp_path / "one")])
     output = torchrun(2, [*argv, tmp_path / "two"], evaluation.__file__)
     assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
