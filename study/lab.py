@@ -1,13 +1,15 @@
-"""The advantage lab: what every preset, blend and advantage makes of the groups that a run saved.
+"""The advantage lab: what every rule makes of the groups that a run saved, or of any group.
 
     python study/lab.py RUN/groups.jsonl                        all steps of the run
     python study/lab.py RUN/groups.jsonl --step 20              one step
     python study/lab.py RUN/groups.jsonl --blend soft           a blend for the sweep over γ and ρ
     python study/lab.py RUN/groups.jsonl --plot lab.png         draw a chart (needs matplotlib)
+    python study/lab.py --map map.png --rules grpo copo         draw every possible group of six
 
-Each rule goes through copo.compute_advantages, as in training, on the saved rewards and answer
-classes. The tables show what a rule does to these groups. They do not show which groups a policy
-trained with it would have sampled.
+Each rule goes through copo.compute_advantages, as in training: for the tables on the saved rewards
+and answer classes, for the map on a step that stands in this file. They show what a rule does to
+given groups, not which groups a policy trained with it would have sampled. Advantages are those of
+a step's first update, where q = 1: there --ratio changes nothing, and its row is that of grpo.
 """
 
 import argparse
@@ -28,13 +30,15 @@ import copo
 RESPONSE_FIELDS = ("correct", "reward", "class", "length", "weight", "local_adv")
 QUANTITIES = ("w", "A^l", "A^g", "A")
 KINDS = ("all wrong", "mixed", "all right")
-SHARES = {  # their columns in the tables, with the widths
-    "from all wrong": 10,
-    "from mixed": 7,
-    "from all right": 10,
-    "wrong pushed up": 7,
-    "right pushed down": 7,
-    "idle groups": 7,
+SHARES = {  # the columns that follow, with the two lines of each head
+    "from all wrong": ("all", "wrong"),
+    "from mixed": ("", "mixed"),
+    "from all right": ("all", "right"),
+    "all wrong reached": ("all", "wrong"),
+    "all right reached": ("all", "right"),
+    "wrong pushed up": ("wrong", "up"),
+    "right pushed down": ("right", "down"),
+    "idle groups": ("idle", "groups"),
 }
 COLORS = ("#d98880", "#f7dc6f", "#7dcea0")  # of the kinds, in the chart
 
@@ -148,8 +152,9 @@ def rule_statistics(steps, algorithm):
     """Statistics of one rule, recomputed on saved groups -> {name: float}.
 
     Means over right and over wrong responses of w, A^l, A^g and A; the share of the gradient that
-    each kind of group has; the shares of wrong responses pushed up, of right responses pushed down,
-    and of groups without a gradient.
+    each kind of group has; of the all-wrong and of the all-right groups, the share that gets a
+    gradient; the shares of wrong responses pushed up, of right responses pushed down, and of groups
+    without a gradient.
     """
     recomputed = [recompute(saved, algorithm) for saved in steps]
     columns = {}
@@ -164,6 +169,8 @@ def rule_statistics(steps, algorithm):
     size = columns["size"]
     for kind in KINDS:
         statistics[f"from {kind}"] = (size[columns[kind]].sum() / size.sum()).item()
+    for kind in ("all wrong", "all right"):
+        statistics[f"{kind} reached"] = mean(~columns["idle"][columns[kind]])
     statistics["wrong pushed up"] = mean(columns["A"][wrong] > 0)
     statistics["right pushed down"] = mean(columns["A"][right] < 0)
     statistics["idle groups"] = mean(columns["idle"])
@@ -173,12 +180,13 @@ def rule_statistics(steps, algorithm):
 def all_rules():
     """The rules of the first table: {name: Algorithm}, None for the run's own."""
     rules = {"the run's own": None} | copo.PRESETS
-    for blend in copo.BLENDS:
-        if blend not in ("soft-zero", "local"):  # those of the presets copo and grpo
-            rules[blend] = copo.Algorithm(blend=blend)
-    for kind in copo.ADVANTAGES:
-        if kind != "group":
-            rules[f"grpo, {kind}"] = replace(copo.PRESETS["grpo"], advantage=kind)
+    grpo = copo.PRESETS["grpo"]
+    others = {blend: copo.Algorithm(blend=blend) for blend in copo.BLENDS}
+    others |= {kind: replace(grpo, advantage=kind) for kind in copo.ADVANTAGES}
+    others |= {ratio: replace(grpo, ratio=ratio) for ratio in copo.RATIOS}
+    for name, algorithm in others.items():
+        if algorithm not in copo.PRESETS.values():
+            rules[name] = algorithm
     return rules
 
 
@@ -199,17 +207,19 @@ def print_statistics(title, table):
     """Print {rule: statistics}, a line a rule."""
     print(f"\n{title}\n")
     names = "".join(f"{name:^14}" for name in QUANTITIES)
-    print(f"{'':<16}{names}{'gradient from groups':^27}{'wrong':>7}{'right':>7}{'idle':>7}")
+    print(f"{'':<16}{names}{'gradient from':^21}{'with gradient':^14}".rstrip())
+    first = "".join(f"{head[0]:>7}" for head in SHARES.values())
+    print(" " * (16 + len(names)) + first)
     sides = f"{'right':>7}{'wrong':>7}" * len(QUANTITIES)
-    kinds = f"{'all wrong':>10}{'mixed':>7}{'all right':>10}"
-    print(f"{'':<16}{sides}{kinds}{'up':>7}{'down':>7}{'groups':>7}")
+    second = "".join(f"{head[1]:>7}" for head in SHARES.values())
+    print(f"{'':<16}{sides}{second}")
     for rule, statistics in table.items():
         line = f"{rule:<16}"
         for name in QUANTITIES:
             line += cell(statistics[f"{name} right"], 7, ".2f")
             line += cell(statistics[f"{name} wrong"], 7, ".2f")
-        for name, width in SHARES.items():
-            line += cell(statistics[name], width, ".1%")
+        for name in SHARES:
+            line += cell(statistics[name], 7, ".1%")
         print(line)
 
 
@@ -238,42 +248,212 @@ def draw_statistics(path, table):
     chart.savefig(path, dpi=110)
 
 
+# ------------------------------------------------------------------------------------------ the map
+
+# The step that the map assumes: 1,000 groups of six, this many of which have 0, 1 .. 6 right
+# responses. R then has mean .255 and standard deviation .346.
+GROUPS_BY_RIGHT = (560, 80, 70, 70, 75, 70, 75)
+GROUP_SIZE = 6
+MAP_RULES = ("grpo", "soft", "copo", "copo-group", "copo-forced")
+FAINT = 0.05  # an |A| below it is written ≈0 and never framed
+SIDES = {"right": "RIGHT responses, should be blue", "wrong": "WRONG responses, should be red"}
+# How the legend's marks are drawn.
+FRAME = {"facecolor": "none", "edgecolor": "black", "linewidth": 2.5}
+IMPOSSIBLE = {"facecolor": "#d4d4d4", "edgecolor": "#d4d4d4"}
+NO_GRADIENT = {"facecolor": "white", "edgecolor": "black", "linewidth": 0.5}
+AVERAGE = {"color": "black", "linestyle": "--", "linewidth": 1.5}
+CAPTION = (
+    "Assumed step: 1,000 groups, 56 % of them all wrong and 7.5 % all right; share of right "
+    "responses of a group: mean .255, standard deviation .346"
+)
+
+
+def partitions(total, largest):
+    """Every way to split `total` answers into classes of at most `largest`: lists of sizes."""
+    if total == 0:
+        return [[]]
+    ways = []
+    for size in range(min(total, largest), 0, -1):
+        for rest in partitions(total - size, size):
+            ways.append([size, *rest])
+    return ways
+
+
+def assumed_classes():
+    """Answer classes (P,G) of the step that the map assumes; class 0 is the right answer.
+
+    Groups with the same number of right responses take turns at every way in which their wrong
+    answers can agree and differ.
+    """
+    rows = []
+    for num_right, num_groups in enumerate(GROUPS_BY_RIGHT):
+        ways = partitions(GROUP_SIZE - num_right, GROUP_SIZE)
+        for number in range(num_groups):
+            sizes = [num_right, *ways[number % len(ways)]]
+            row = []
+            for label, size in enumerate(sizes):
+                row += [label] * size
+            rows.append(row)
+    return torch.tensor(rows)
+
+
+def map_cells(algorithm):
+    """Every possible group -> {(number right, H): {"right": A, "wrong": A}}.
+
+    NaN where the group has no such response.
+    """
+    classes = assumed_classes()
+    correct = classes == 0
+    algorithm = replace(algorithm, overlong_factor=0.0)
+    result = copo.compute_advantages(correct, correct, classes, None, algorithm, None)
+    cells = {}
+    for verdicts, entropy, effective in zip(correct, result.entropy, result.effective):
+        place = (int(verdicts.sum()), round(entropy.item(), 3))
+        if place not in cells:
+            cells[place] = {"right": mean(effective[verdicts]), "wrong": mean(effective[~verdicts])}
+    return cells
+
+
+def draw_map(path, names):
+    """Draw A over (number right, H): a column for each rule, right responses above wrong ones."""
+    from matplotlib.figure import Figure
+
+    rules = all_rules()
+    figure = Figure(figsize=(max(12.5, 3 + 2.7 * len(names)), 11), layout="constrained")
+    grid = figure.subplots(2, len(names), sharex=True, sharey=True, squeeze=False)
+    for column, name in zip(grid.T, names):
+        cells = map_cells(rules[name])
+        for axes, side in zip(column, SIDES):
+            values = {place: by_side[side] for place, by_side in cells.items()}
+            image = draw_panel(axes, values, good_sign=1 if side == "right" else -1)
+        column[0].set_title(name, fontsize=17, fontweight="bold", pad=22)
+        column[0].text(0.5, 1.02, describe(rules[name]), ha="center", transform=column[0].transAxes)
+        column[1].set_xlabel("number of right responses", fontsize=12)
+    for axes, words in zip(grid[:, 0], SIDES.values()):
+        axes.set_ylabel(f"{words}\nentropy H of the answers, bits", fontsize=14)
+    bar = figure.colorbar(image, ax=grid, extend="both", shrink=0.7, aspect=35, pad=0.01)
+    bar.set_label("effective advantage A: below 0 made rarer, above 0 made likelier", fontsize=13)
+    figure.suptitle(
+        "What each rule makes of a response, in every possible group of six", fontsize=19
+    )
+    add_legend(figure)
+    figure.savefig(path, dpi=100)
+
+
+def draw_panel(axes, values, good_sign):
+    """Draw a square for each place (number right, H) -> the image, for its colours.
+
+    values: {place: A}; good_sign: the sign that A should have.
+    """
+    from matplotlib.patches import Rectangle
+
+    entropies = sorted({entropy for _, entropy in values})
+    table = torch.full((len(entropies), GROUP_SIZE + 1), math.nan)
+    axes.patch.set(**IMPOSSIBLE)
+    for (num_right, entropy), value in values.items():
+        row = entropies.index(entropy)
+        table[row, num_right] = value
+        if math.isnan(value):
+            continue
+        color = "white" if abs(value) > 0.95 else "black"
+        label = {"color": color, "ha": "center", "va": "center", "fontsize": 9.5}
+        axes.text(num_right, row, advantage_text(value), **label)
+        if good_sign * value < -FAINT:
+            axes.add_patch(Rectangle((num_right - 0.45, row - 0.45), 0.9, 0.9, **FRAME))
+        elif abs(value) < FAINT:
+            axes.add_patch(Rectangle((num_right - 0.5, row - 0.5), 1, 1, **NO_GRADIENT))
+    axes.axvline(GROUP_SIZE * 0.255, **AVERAGE)
+    axes.set_xticks(range(GROUP_SIZE + 1), ["0\nall\nwrong", *"12345", "6\nall\nright"])
+    labels = [f"{entropy:.2f}" for entropy in entropies]
+    labels[0] = "all alike  0.00"
+    labels[-1] = f"all differ  {labels[-1]}"
+    axes.set_yticks(range(len(entropies)), labels)
+    axes.tick_params(length=0)
+    style = {"cmap": "RdBu", "vmin": -2, "vmax": 2, "edgecolors": "white", "zorder": 0}
+    squares = range(GROUP_SIZE + 1), range(len(entropies))
+    return axes.pcolormesh(*squares, table, shading="nearest", **style)
+
+
+def advantage_text(value):
+    """A to one decimal; 0 only where a response gets no gradient at all."""
+    if abs(value) < 1e-9:
+        return "0"
+    return "≈0" if abs(value) < FAINT else f"{value:+.1f}".replace("-", "−")
+
+
+def describe(algorithm):
+    """What stands behind a rule's name, in the words of the flags."""
+    words = f"blend {algorithm.blend}"
+    if copo.BLENDS[algorithm.blend].uses_entropy:
+        words += f", γ {algorithm.gamma:g}, ρ {algorithm.rho:g}"
+    if algorithm.advantage != "group":
+        words = f"advantage {algorithm.advantage}"
+    return words
+
+
+def add_legend(figure):
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(label="the wrong way round: wrong made likelier, or right made rarer", **FRAME),
+        Patch(label="no gradient (≈0: below .05): nothing is learnt", **NO_GRADIENT),
+        Patch(label="there is no such group, or no such response in it", **IMPOSSIBLE),
+        Line2D([], [], label="average prompt: A$^g$ < 0 on its left, > 0 on its right", **AVERAGE),
+    ]
+    style = {"ncols": 2, "fontsize": 12, "title": CAPTION, "title_fontsize": 12}
+    figure.legend(handles=handles, loc="outside lower center", **style)
+
+
 def exit_with(message):
     print(f"lab.py: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = exit_with
-    parser.add_argument("groups", metavar="GROUPS", help="groups.jsonl of a run of train.py")
-    parser.add_argument("--step", type=int, help="only this step of it")
-    parser.add_argument(
-        "--blend", choices=copo.BLENDS, default="soft-zero", help="rule of the sweep over γ and ρ"
-    )
-    parser.add_argument("--plot", metavar="PNG", help="draw both tables (needs matplotlib)")
-    args = parser.parse_args(argv)
-    try:
-        steps = read_groups(args.groups, args.step)
-        rules = {}
-        for name, algorithm in all_rules().items():
-            rules[name] = rule_statistics(steps, algorithm)
-        sweep = {}
-        for name, algorithm in sweep_rules(args.blend).items():
-            sweep[name] = rule_statistics(steps, algorithm)
-        if args.plot:
-            draw_statistics(args.plot, rules | sweep)
-    except ImportError as error:
-        exit_with(f"{error}; pip install matplotlib, or leave --plot out")
-    except (OSError, ValueError) as error:
-        exit_with(error)
+def print_tables(args):
+    """The two tables of a saved run; with --plot also their chart."""
+    steps = read_groups(args.groups, args.step)
+    rules = {}
+    for name, algorithm in all_rules().items():
+        rules[name] = rule_statistics(steps, algorithm)
+    sweep = {}
+    for name, algorithm in sweep_rules(args.blend).items():
+        sweep[name] = rule_statistics(steps, algorithm)
+    if args.plot:
+        draw_statistics(args.plot, rules | sweep)
     num_groups = sum(len(saved["correct"]) for saved in steps)
     print(f"{args.groups}: {num_groups} groups of {len(steps)} steps")
     print_statistics(
-        "Every preset, every other blend (else as copo) and advantage, on these groups and rewards",
-        rules,
+        "Every preset, every other blend (else as copo), advantage and ratio (else as grpo)", rules
     )
     print_statistics(f"Blend {args.blend} over γ and ρ", sweep)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = exit_with
+    add = parser.add_argument
+    add("groups", metavar="GROUPS", nargs="?", help="groups.jsonl of a run of train.py")
+    add("--step", type=int, help="only this step of it")
+    add("--blend", choices=copo.BLENDS, default="soft-zero", help="rule of the sweep over γ and ρ")
+    add("--plot", metavar="PNG", help="draw both tables (needs matplotlib)")
+    add("--map", metavar="PNG", help="draw A over every possible group (needs matplotlib)")
+    names = [name for name, algorithm in all_rules().items() if algorithm]
+    add("--rules", nargs="+", choices=names, metavar="RULE", help="of the map, side by side")
+    args = parser.parse_args(argv)
+    if not args.groups and not args.map:
+        exit_with("needs GROUPS, the groups.jsonl of a run, or --map")
+    if args.rules and not args.map:
+        exit_with("--rules are those of --map")
+    try:
+        if args.map:
+            draw_map(args.map, args.rules or MAP_RULES)
+        if args.groups:
+            print_tables(args)
+    except ImportError as error:
+        exit_with(f"{error}; pip install matplotlib, or leave --plot and --map out")
+    except (OSError, ValueError) as error:
+        exit_with(error)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Bugs these tests guard against: a lab that speaks of another algorithm than the one that trains; a
 length counted where the loss takes the mean over a response's tokens; NaN in a table where a run
-has no wrong response; a half-written last line taken for a fault; a traceback for a bad file.
+has no wrong response; a half-written last line taken for a fault; a traceback for a bad file; a map
+of another step than its caption says, or with a group left out.
 """
 
 import json
@@ -27,7 +28,8 @@ import lab
 def close(actual, expected, tol):
     actual = torch.tensor(actual, dtype=torch.float64)
     expected = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tol)
+    # NaN where NaN is expected, and nowhere else: a kind of group or response that is not there
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tol, equal_nan=True)
 
 
 def group(step, correct, classes, lengths=None, **more):
@@ -98,6 +100,8 @@ def test_statistics_by_hand(saved):
         "from all wrong": 2 / total,
         "from mixed": 0.5 * half / total,
         "from all right": 2 * (1 - low) / total,
+        "all wrong reached": 1,
+        "all right reached": 1,
         "wrong pushed up": 0,
         "right pushed down": 0,
         "idle groups": 0,
@@ -120,6 +124,28 @@ def test_group_gate_and_grpo_by_hand(saved):
     assert lab.rule_statistics(steps, group_gate)["wrong pushed up"] == 0
     grpo = lab.rule_statistics(steps, copo.PRESETS["grpo"])
     assert (grpo["idle groups"], grpo["from mixed"], grpo["wrong pushed up"]) == (3 / 5, 1, 0)
+    assert (grpo["all wrong reached"], grpo["all right reached"]) == (0, 0)
+
+
+def test_groups_of_equal_verdicts_that_get_a_gradient(tmp_path):
+    """Two all-wrong groups, of which one has a response below the other by its penalty on length,
+    and two that are all right. GRPO reaches one of the first; NGRPO both, and none of the right."""
+    path = tmp_path / "groups.jsonl"
+    path.write_text(
+        group(1, [0, 0], [1, 2])
+        + group(1, [0, 0], [1, 1], reward=[0, -0.5])
+        + group(1, [1, 1], [0, 0]) * 2
+        + group(1, [1, 0], [0, 1])
+    )
+    steps = lab.read_groups(path)
+    shares = {}
+    for name, algorithm in lab.all_rules().items():
+        statistics = lab.rule_statistics(steps, algorithm)
+        shares[name] = (statistics["all wrong reached"], statistics["all right reached"])
+    assert shares["grpo"] == shares["sequence"] == (0.5, 0)
+    assert shares["ngrpo"] == (1, 0)
+    assert shares["zero"] == (1, 0) and shares["copo-forced"] == (1, 1)
+    assert shares["sign"] == shares["w-reinforce"] == shares["ebpo"] == (1, 1)
 
 
 def test_right_pushed_down(tmp_path):
@@ -181,6 +207,7 @@ def test_groups_without_wrong_responses(tmp_path, capsys):
     path.write_text(group(1, [1, 1], [0, 0]))
     statistics = lab.rule_statistics(lab.read_groups(path), copo.PRESETS["copo"])
     assert math.isnan(statistics["wrong pushed up"])
+    assert math.isnan(statistics["all wrong reached"]) and statistics["all right reached"] == 0
     lab.main([str(path)])
     assert "nan" not in capsys.readouterr().out
 
@@ -189,17 +216,20 @@ def test_every_rule_and_the_sweep_are_printed(saved, capsys):
     lab.main([str(saved)])
     text = capsys.readouterr().out
     rows = table_rows(text)
-    rules = {"the run's own", *copo.PRESETS, *copo.BLENDS, "grpo, batch", "grpo, ngrpo"}
-    rules -= {"soft-zero", "local"}
+    rules = {"the run's own", *copo.PRESETS, *copo.BLENDS, *copo.ADVANTAGES, *copo.RATIOS}
+    # these are rules of the presets copo, copo-group, copo-forced and grpo
+    rules -= {"soft-zero", "soft-zero-group", "forced", "local", "group", "token"}
     assert rules | {"γ 20  ρ 0.5", "γ 1   ρ 2"} <= rows.keys()
     assert len(rows) == len(rules) + 20 + 1  # and the heads
     # Four right answers: A .9933 .9933 .3536 .7071; six wrong ones: A 0 −1 −1 .7071 −.7071 −.7071.
     # Of Σ|A| = 7.169 all wrong groups have 3.414, mixed ones 1.768.
     means = "0.25 0.00 0.35 -0.24 0.68 -0.45 0.76 -0.45"
-    assert " ".join(rows["copo"]) == f"{means} 47.6% 24.7% 27.7% 16.7% 0.0% 0.0%"
-    assert rows["grpo"][-6:] == ["0.0%", "100.0%", "0.0%", "0.0%", "0.0%", "60.0%"]
+    assert " ".join(rows["copo"]) == f"{means} 47.6% 24.7% 27.7% 100.0% 100.0% 16.7% 0.0% 0.0%"
+    shares = ["0.0%", "100.0%", "0.0%", "0.0%", "0.0%", "0.0%", "0.0%", "60.0%"]
+    assert rows["grpo"][-8:] == shares
+    assert rows["sequence"] == rows["grpo"]
     assert rows["γ 5   ρ 1"] == rows["copo"] and "5 groups of 2 steps" in text
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 130
     lab.main([str(saved), "--step", "2", "--blend", "soft"])
     text = capsys.readouterr().out
     assert "2 groups of 1 steps" in text and "Blend soft over" in text
@@ -208,13 +238,14 @@ def test_every_rule_and_the_sweep_are_printed(saved, capsys):
 def test_a_new_advantage_and_a_new_blend_get_their_rows(saved, capsys, monkeypatch):
     blend = copo.Blend(uses_entropy=False, gate=copo.every_response)
     monkeypatch.setitem(copo.BLENDS, "mine", blend)
-    monkeypatch.setitem(copo.ADVANTAGES, "sign", lambda rewards, correct, scale: 2.0 * correct - 1)
+    monkeypatch.setitem(copo.ADVANTAGES, "two", lambda rewards, correct, scale: 4.0 * correct - 2)
+    monkeypatch.setitem(copo.RATIOS, "one", lambda logprobs, old, mask: (logprobs - logprobs, old))
     lab.main([str(saved), "--blend", "mine"])
     rows = table_rows(capsys.readouterr().out)
-    assert rows["mine"] == rows["grpo"] == rows["γ 5   ρ 1"]
-    # w, then A^l and A^g of right and of wrong responses, and A = A^l: +1 and −1
-    assert rows["grpo, sign"][:4] == ["1.00", "1.00", "1.00", "-1.00"]
-    assert rows["grpo, sign"][6:8] == ["1.00", "-1.00"]
+    assert rows["mine"] == rows["grpo"] == rows["γ 5   ρ 1"] == rows["one"]
+    # w, then A^l and A^g of right and of wrong responses, and A = A^l: +2 and −2
+    assert rows["two"][:4] == ["1.00", "1.00", "2.00", "-2.00"]
+    assert rows["two"][6:8] == ["2.00", "-2.00"]
 
 
 def test_later_formats_with_more_fields_read_the_same(saved, tmp_path, capsys):
@@ -246,6 +277,90 @@ def test_plot(saved, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     lab.main([str(saved), "--plot", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------------------------------ the map
+
+
+def test_the_assumed_step_is_what_the_map_says_of_it():
+    classes = lab.assumed_classes()
+    assert classes.shape == (1000, 6) and lab.GROUP_SIZE == 6
+    num_right = (classes == 0).sum(dim=1)
+    shares = [(num_right == number).double().mean().item() for number in (0, 6)]
+    rewards = num_right.double() / 6
+    words = f"{shares[0]:.0%} of them all wrong and {shares[1]:.1%} all right"
+    assert words.replace("%", " %") in lab.CAPTION
+    mean, std = f"{rewards.mean():.3f}".lstrip("0"), f"{rewards.std():.3f}".lstrip("0")
+    assert f"mean {mean}, standard deviation {std}" in lab.CAPTION
+    assert mean == ".255" and std == ".346"  # the step of the design, section 2
+
+
+def test_the_map_holds_every_possible_group():
+    """Wrong answers of six, five .. none can agree in 11, 7, 5, 3, 2, 1, 1 ways; no two of those
+    with as many right responses have the same entropy."""
+    cells = lab.map_cells(copo.PRESETS["grpo"])
+    counts = [sum(place[0] == num_right for place in cells) for num_right in range(7)]
+    assert counts == [11, 7, 5, 3, 2, 1, 1]
+    # 2 right, wrong ones b b c d: shares 2 2 1 1 of 6, as prompt 3 of the worked batch
+    assert (2, 1.918) in cells and (6, 0.0) in cells and (0, round(math.log2(6), 3)) in cells
+    assert lab.partitions(4, 4) == [[4], [3, 1], [2, 2], [2, 1, 1], [1, 1, 1, 1]]
+
+
+def test_the_map_by_hand():
+    """Five of six right: GRPO +.41 −2.04, copo +1.48 +1.67, copo-group +1.48 +1.12. With A^g =
+    (0 − .255)/.346 = −.74 for a group that is all wrong."""
+    place = (5, 0.65)
+    expected = {
+        "grpo": (0.41, -2.04),
+        "copo": (1.48, 1.67),
+        "copo-group": (1.48, 1.12),
+        "copo-forced": (0.41, -2.04),
+        "sign": (1, -1),
+        "w-reinforce": (0.1, -1),
+    }
+    rules = lab.all_rules()
+    for name, pair in expected.items():
+        cells = lab.map_cells(rules[name])
+        close(list(cells[place].values()), list(pair), 0.01)
+        # no response that is not there
+        assert math.isnan(cells[0, 0.0]["right"]) and math.isnan(cells[6, 0.0]["wrong"])
+    all_wrong = (0, 2.585)
+    assert lab.map_cells(rules["copo-forced"])[all_wrong]["wrong"] == pytest.approx(-0.74, abs=0.01)
+    assert lab.map_cells(rules["grpo"])[all_wrong]["wrong"] == 0
+    starved = lab.map_cells(rules["soft"])[all_wrong]["wrong"]
+    assert starved == pytest.approx(-0.74 * 3.6e-4, rel=0.02)
+    # DAPO's penalty on length is no part of it
+    assert lab.map_cells(rules["dapo"])[place] == lab.map_cells(rules["grpo"])[place]
+
+
+def test_the_map_writes_and_frames_what_it_is_given():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    values = {(0, 0.0): math.nan, (1, 0.65): 0.0, (2, 0.65): -1e-3, (1, 1.0): -1.26, (2, 1.0): 0.3}
+    axes = figure.subplots()
+    lab.draw_panel(axes, values, good_sign=-1)
+    assert [text.get_text() for text in axes.texts] == ["0", "≈0", "−1.3", "+0.3"]
+    # Of wrong responses, the one that is made likelier has a thick frame; thin ones: no gradient
+    frames = {patch.get_xy(): patch.get_linewidth() for patch in axes.patches}
+    assert frames == {(1.55, 1.55): 2.5, (0.5, 0.5): 0.5, (1.5, 0.5): 0.5}
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["all alike  0.00", "0.65", "all differ  1.00"]
+
+
+def test_map(tmp_path, saved, capsys, monkeypatch):
+    picture = tmp_path / "map.png"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        lab.main(["--map", str(picture)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "pip install matplotlib" in error and error.count("\n") == 1
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    lab.main(["--map", str(picture), "--rules", "grpo", "ebpo"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == ""  # no run, no tables
+    picture.unlink()
+    lab.main([str(saved), "--map", str(picture), "--rules", "copo-group"])
+    assert picture.exists() and "5 groups of 2 steps" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------- what it refuses
@@ -288,6 +403,10 @@ def test_what_is_not_there_is_refused(saved, capsys):
     assert "directory" in refused(saved.parent)
     assert "GROUPS" in refused()
     assert "--nope" in refused(saved, "--nope")
+    assert "--map" in refused(saved, "--rules", "grpo")
+    assert "'gpro'" in refused("--map", "map.png", "--rules", "gpro")
+    assert "the run's own" in refused("--map", "map.png", "--rules", "the run's own")
+    assert "nowhere" in refused("--map", saved.parent / "nowhere" / "map.png")
     # a run that is being written, or was killed
     saved.write_text(saved.read_text() + '{"step": 3, "cor')
     lab.main([str(saved)])
