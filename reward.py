@@ -39,6 +39,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import Future
+from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import chain, pairwise
 from typing import NamedTuple
@@ -248,12 +249,14 @@ FORMULA = re.compile(
     rf"|\\[(\[]({INSIDE})\\[)\]]",
     re.S,
 )
-# Between two boxes or formulas that are one answer: spaces, a comma, "and", "or", a short \text.
+# Between two boxes or formulas that are one answer: spaces, a comma, "and", "or", a short \text, the
+# name of a part such as (b).
 JOIN = re.compile(
-    r"(?:[\s$,;&]|\\[,;:! ()\[\]]|\\q?quad|\\(?:text|mbox)\{[^{}]{0,40}\}|\band\b|\bor\b)*"
+    r"(?:[\s$,;&]|\\[,;:! ()\[\]]|\\q?quad|\\(?:text|mbox)\{[^{}]{0,40}\}|\band\b|\bor\b|\([b-h2-8]\))*"
 )
 NUMBER = re.compile(
-    r"(?<![A-Za-z\d._^)])-?(?<![A-Za-z\d._])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?"
+    r"(?<![A-Za-z\d._^)])[-−‑]?(?<![A-Za-z\d._])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?"
+    r"(?:\s?\\?%|[⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀-₉]+)?"
     r"|(?<!\d)\.\d+"
     r"|-?\\[dt]?frac\{\d+\}\{\d+\}"
 )
@@ -266,7 +269,17 @@ CLAUSE_LETTER = re.compile(
     r"(?:^|(?<=[\s(]))(?P<letter>[A-J])(?=$|[\s,.):])(?! [a-z])|^(?P<subject>[B-J]) [a-z]{3}"
 )
 SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>")
-SENTENCE_END = re.compile(r"[.!?](?:\s|$)|[。！]")
+SENTENCE_END = re.compile(r"(?<!\.)[.!?](?:\s|$)|[。！]")
+# What keeps a number behind it from being the answer: not 7, between 3 and 5, x \oplus 3 …
+HEDGE = re.compile(
+    r"\b(?:not|cannot|never|neither|nor|either|between|at (?:least|most)|(?:more|less|fewer|greater)"
+    r" than|or)\b|n't\b|\\[a-z]+\s*$|[-+*/^_=<>×·]\s*$",
+    re.I,
+)
+# … and in front of it: 3 or 5, 5 \oplus 3.
+CONTINUED = re.compile(
+    r"\s*(?:\\|[-+*/^_=<>!×·÷]|(?:or|to|plus|minus|times|over|less|more)\b)", re.I
+)
 
 
 class Piece(NamedTuple):
@@ -323,7 +336,9 @@ def last_answers(pieces: list[Piece], text: str) -> str | None:
         if len(gap) > 80 or "\n\n" in gap or not JOIN.fullmatch(gap):
             break
         joined.insert(0, piece)
-    contents = dict.fromkeys(piece.content.strip() for piece in joined)
+    contents = [piece.content.strip() for piece in joined]
+    if len(set(contents)) == 1:  # said twice
+        return contents[0] or None
     return ", ".join(contents) or None
 
 
@@ -352,9 +367,13 @@ def from_clause(pattern: re.Pattern, text: str) -> str | None:
                 return candidate
     if letter:
         return letter["letter"] or letter["subject"]
-    numbers = NUMBER.findall(sentence)
+    numbers = [*NUMBER.finditer(sentence)]
     if numbers:  # "42, since 6 x 7 = 42", but "Jane started 3 hours ago"
-        return numbers[0] if sentence.startswith(numbers[0]) else numbers[-1]
+        number = numbers[0] if numbers[0].start() == 0 else numbers[-1]
+        hedged = HEDGE.search(sentence, 0, number.start()) or CONTINUED.match(
+            sentence, number.end()
+        )
+        return sentence if hedged else number[0]
     return sentence if 0 < len(sentence.split()) <= 5 else None
 
 
@@ -441,9 +460,13 @@ def find_answer(text: str, in_thought: bool = False) -> Found:
         answer = rule(reply)
         if not answer:
             continue
-        if name == "box" and parse(answer).value is None:  # perhaps a sentence
-            inner = (RULES[other](answer) for other in INNER_RULES)
-            answer = next(filter(None, inner), answer)
+        if name == "box" and not is_readable(answer):
+            label = RULES["label"](reply[find_boxes(reply)[-1].end :])
+            if label and re.fullmatch("[A-J]", label):  # a statement in a box, then "Answer: D"
+                return Found(label, "label")
+            if parse(answer).value is None:  # perhaps a sentence
+                inner = (RULES[other](answer) for other in INNER_RULES)
+                answer = next(filter(None, inner), answer)
         return Found(answer, name)
     return Found(None, "none")
 
@@ -480,8 +503,8 @@ def greek_letter(name: str) -> str:
 SIGNS = str.maketrans(
     {
         **{greek_letter(name): f"\\{name} " for name in GREEK},
-        **{sign: f"^{{{digit}}}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
-        **dict.fromkeys("−–—‐", "-"),
+        **{sign: f" {unicodedata.normalize('NFKC', sign)}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
+        **dict.fromkeys("−–—‐‑⁃﹣", "-"),
         **dict.fromkeys("×·⋅∙∗", "*"),
         **dict.fromkeys("÷∕⁄", "/"),
         **dict.fromkeys("≤⩽", "<="),
@@ -492,11 +515,13 @@ SIGNS = str.maketrans(
         **{"≠": "!=", "≈": "~", '"': " ", "∞": " inf ", "π": " pi ", "√": r"\sqrt "},
         **{"∪": r"\cup ", "∖": r"\setminus ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"},
         **{"±": r"\pm ", "∠": r"\angle ", "º": "°", "¢": " cents", "。": ".", "、": ","},
-        **{"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3"},
         **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "},
-        **{"⟨": "(", "⟩": ")"},
+        **{"⟨": "(", "⟩": ")", "≡": r"\equiv ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}"},
     }
 )
+# Runs of raised and lowered signs: 10¹², x₁, 101₂.
+RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
+LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ]+")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 SPACED_THOUSANDS = re.compile(
     r"(?<![\d.])\d{1,3}(?:(?:\\[,;:! ]\s?|\{,\}|,\\!\s?|[ \u00a0\u202f])\d{3})+(?!\d)"
@@ -505,14 +530,27 @@ EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3}){2,}|-?\d{1,3}(?:\.\d{3})+,\d+")
 TEXT = re.compile(
     r"\\(?:text|mbox|hbox|mathrm|mathsf|mathbf|operatorname)(?:bf|it|rm|normal|tt)?\s*\{([^{}]*)\}"
 )
+# A remark in brackets behind an answer: 25 (attained at x = 5).
+REMARK = (
+    r"(?<=[\d})a-z])\s*(?:\\[,;: ]\s*|~)*(?:\\(?:text|mbox)\s*\{\s*)?\((?:which is )?(?:attained|achieved|reached|"
+    r"occur\w*|obtained|when|at|since|because|where|as|by|double root)\b.*\)\s*\}?\s*$"
+)
+MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in (
+        (REMARK, ""),
+        (r"(\.\s?){3,}", r"\\ldots "),  # before a decimal's dots are taken off below
         # a doubled backslash, unless it ends a row
         (r"(?<!\\)\\\\(?=[A-Za-z])(?![\s\S]*\\end)", r"\\"),
-        (r"\\(?:left|right)\s*\.|\\[()\[\]](?!\d+(?:pt|em))|\\q?quad|\\pmod\s*\{[^{}]*\}", " "),
+        (r"\\(?:left|right)\s*\.|\\[()\[\]](?!\d+(?:pt|em))|\\q?quad", " "),
         (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
+        (r"°\s*([CF])\b", r'° "\1"'),
         (r"\\mathbb\s*\{?\s*R\s*\}?|(?i:\ball real numbers\b)", "ℝ"),
+        (
+            r"(?:\\text\s*\{\s*)?ℝ,?\s*except\s*(?:for|when)?\s*\}?\s*(?:[a-z]\s*=)?\s*([^{}]+)$",
+            r"ℝ \\setminus \\{\1\\}",
+        ),
         (r"(?<=\d)\s*[xX]\s*(?=10\s?\^)", "*"),  # 1.5 x 10^3
         (r"(?<=[)\]}])\s*U\s*(?=[(\[\\])", r"\\cup "),
         (r"(?<!\\)\bin\b(?=\s*[(\[{\\])", " ∈ "),
@@ -520,10 +558,52 @@ REWRITES = [
         (r"(?i:^\W{0,3}(?:option|choice)\s+)(?=\W?[A-J]\W?$)", ""),
         (r"\b(?:square|sq\.?) ([A-Za-z]+)", r"\1^2"),  # square feet
         (r"(?i:\b([ap])\.m\b\.?)", r"\1m"),  # 10:45 a.m.
-        (r"(?<=[.\d])(\d)\1{1,30}\s?(?:\.\.\.|\\[cl]?dots)", r"\\overline{\1}"),  # 0.333...
+        (r"(?<=[.\d])(\d)\1{1,30}\s?\\[cl]?dots", r"\\overline{\1}"),  # 0.333...
+        (r"(\d\.\d+)\s?\\[cl]?dots\s*$", r"\1"),  # 3.14159...
+        (r"(\d*\.\d*)\((\d+)\)", r"\1\\overline{\2}"),  # 0.1(6)
+        (r"\{\s*([:.])\s*\}", r"\1"),  # 3{:}45, 1{.}234
+        (r"\\left\s*\\\{\s*(?=\\begin)", ""),  # closed by \right.
+        (r"[.,;]\s*(?=\\\\(?!\w)|\\end\b|&)", " "),  # at the end of a row or cell
+        (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
+        (r"\{\s*([^{}\\]+)\\choose\b\s*([^{}\\]+)\}", r"\\binom{\1}{\2}"),
+        (r"\((\d+)\)\s*_", r"\1_"),  # (1010)_2
+        (r"([A-Za-z])\^(\w|\{[^{}]*\})\s*_(\w|\{[^{}]*\})", r"\1_\3^\2"),  # x^2_1
+        (r"_\s*\{\s*\\text\s*\{\s*(\w+)\s*\}\s*\}", r"_{\1}"),  # 1010_{\text{two}}
+        (r"_\{?two\}?", "_2"),
+        (r"_\{?eight\}?", "_8"),
+        (r"_\{?ten\}?", "_{10}"),
+        # 3 to 4; the ratio of 3 to 4 is 3 to 4
+        (r"^(\W{0,9}\d+)\s*(?:\\text\{)?\s*(?:is )?to\s*\}?\s*(\d+\W{0,3})$", r"\1:\2"),
+        (r"(?i:\bis congruent to\b)", r"\\equiv "),
+        (rf"\b(\d{{1,2}})(?:st|nd|rd|th)?(?: of)? ({MONTH})\b", r"\2 \1"),
+        (rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)\b", r"\1 \2"),
+        (r"\\(?:mathbf|hat|vec|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}?", r" \1_{unit} "),
+        # where k ∈ ℤ, (k ∈ ℤ), for integers k
+        (r"[,;]?\s*\\text\s*\{\s*,?\s*(?:where|for|with|for all|for any|for some)\s*\}", ","),
+        (r",?\s*(?:where|for|with|for all|for any|for some)\s+(?=[a-z]\s*\\in\b)", ", "),
+        (r"[,;]?\s*\(\s*([a-z]\s*\\in\b[^()]*)\)\s*$", r", \1"),
         (r"%(?=pi\b|[ei]\b)", ""),  # the constants of Maxima
     )
 ]
+
+
+# (a) 12, (b) 5
+PART = re.compile(r"(?:^|(?<=[,;.\s}]))\(?\b([a-f1-6])\)\s*[:.]?")
+
+
+def read_labels(text: str) -> str:
+    """The parts of an answer as a list: "(a) 12, (b) 5" and "(1) 12; (2) 5" -> "12, 5"."""
+    parts = [*PART.finditer(text)]
+    labels = "".join(part[1] for part in parts)
+    if (
+        len(parts) < 2
+        or parts[0].start() > 0
+        or labels not in ("abcdef"[: len(parts)], "123456"[: len(parts)])
+    ):
+        return text
+    ends = [part.start() for part in parts[1:]] + [len(text)]
+    contents = [text[part.end() : end].strip(" ,;.\n") for part, end in zip(parts, ends)]
+    return ", ".join(contents) if all(contents) else text
 
 
 def quote_words(match: re.Match) -> str:
@@ -532,13 +612,32 @@ def quote_words(match: re.Match) -> str:
     return " " + re.sub(r"[A-Za-z]{2,}|[mgshL]|\ba(?= [a-z]{2})", r'"\g<0>"', match[1]) + " "
 
 
+# A unit behind a number: 5\ \mathrm{N}, 12\,\text{kg\cdot m/s}.
+UNIT_TEXT = re.compile(
+    r"(?<=[\d})°])(?:\\[,;:! ]|[\s~])*\\(?:text|mbox|mathrm|textrm|operatorname|rm)\s*"
+    r"(?:\{([^{}]*)\}|([A-Za-z])\b)"
+)
+
+
+def quote_unit(match: re.Match) -> str:
+    r"""As quote_words, but single letters that are units are quoted, too: "kg" \cdot "m" / "s"."""
+    content = match[1] or match[2] or ""
+    return " " + re.sub(r"(?<!\\)\b(?:[A-Za-z]{2,}|[NJWVACFKTmgshL])\b", r'"\g<0>"', content) + " "
+
+
 def normalise(text: str, thousands: bool = True) -> str:
     r"""Undo what does not change the mathematics: "$1,234.50$." -> "1234.50", "12\,345" -> "12345",
     "3½" -> "3 1/2"."""
-    text = unicodedata.normalize("NFKC", text.translate(SIGNS))
-    text = text.replace(r"\$", ' "dollar" ').replace("$", " ")
+    text = LOWERED.sub(r"_{\g<0>}", RAISED.sub(r"^{\g<0>}", text))
+    text = unicodedata.normalize("NFKC", text.translate(SIGNS)).replace("⁄", "/")
+    text = text.replace("\u2212", "-").replace(r"\$", ' "dollar" ').replace("$", " ")
+    text = COMPOUND_NUMBER.sub(
+        lambda match: str(int(DIGITS[match[1].lower()]) + int(DIGITS[match[2].lower()])), text
+    )
+    text = read_labels(text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
+    text = UNIT_TEXT.sub(quote_unit, text)
     text = TEXT.sub(quote_words, text)
     text = SPACED_THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = re.sub(r"(?<!\\)\\[,;:!\s]", " ", text).strip().rstrip("\\.,; \n\t")
@@ -559,6 +658,9 @@ FUNCTIONS = {  # our name -> sympy's
     "arcsin": "asin",
     "arccos": "acos",
     "arctan": "atan",
+    "arccot": "acot",
+    "sgn": "sign",
+    "cis": "cis",
     **{
         name: name
         for name in str.split(
@@ -592,7 +694,7 @@ TOKEN = re.compile(
     r"|\\(?P<bracket>(?:begin|end)\{[a-z]+\*?\})(?:\{[lcr| ]*\})?"
     r'|\\(?P<command>[A-Za-z]+|.)|"(?P<text>[A-Za-z]+)"'
     r"|(?P<subscript>_\s*(?:[A-Za-z0-9]|\{[A-Za-z0-9,\s]+\}))|(?P<word>[A-Za-z]+)"
-    r"|(?P<op>\*\*|<=|>=|<>|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈])",
+    r"|(?P<op>\*\*|<=|>=|<>|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈≡])",
     re.S,
 )
 
@@ -605,7 +707,7 @@ def read_table(text: str) -> dict[str, str]:
 
 DROPPED = str.split(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits "
-    "nolimits mathbb mathbf boldsymbol bm vec mathit mathrm operatorname rm bf it space large Large"
+    "nolimits mathbb mathbf boldsymbol bm vec mathit mathrm operatorname rm bf it space large Large LARGE huge Huge small normalsize"
 )
 # Each command (without its backslash) or sign -> our spelling of it.
 SPELLINGS = dict.fromkeys(DROPPED, "") | read_table(r"""
@@ -629,6 +731,8 @@ SPELLINGS = dict.fromkeys(DROPPED, "") | read_table(r"""
 ) rangle
 ° degree
 ∈ in
+≡ equiv
+\mod pmod bmod pod mod modulo
 , land lor
 : colon
 ' prime
@@ -640,9 +744,19 @@ inf infty
 """)
 LONG_NAMES = sorted((name for name in KNOWN if len(name) > 1), key=len, reverse=True)
 GLUED = re.compile(rf"({'|'.join(LONG_NAMES)})([A-Za-z]{{1,2}})$")  # sinx, lnx, pir
-NUMBER_WORDS = str.split("zero one two three four five six seven eight nine ten")
-DIGITS = {word: str(value) for value, word in enumerate(NUMBER_WORDS)}
-MATRICES = ("matrix", "pmatrix", "bmatrix", "array")
+NUMBER_WORDS = str.split(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
+TENS = str.split("twenty thirty forty fifty sixty seventy eighty ninety")
+DIGITS = {
+    **{word: str(value) for value, word in enumerate(NUMBER_WORDS)},
+    **{word: f"{value}0" for value, word in enumerate(TENS, 2)},
+}
+COMPOUND_NUMBER = re.compile(rf"\b({'|'.join(TENS)})[- ]({'|'.join(NUMBER_WORDS[1:10])})\b", re.I)
+WORD_OPERATORS = {"mod": "\\mod", "modulo": "\\mod", "negative": "-", "minus": "-"}
+MATRICES = ("matrix", "pmatrix", "bmatrix")
+ROWS = str.split("array cases aligned align align* alignat gathered split")
 BRACKETS = {  # each with what may close it
     "(": (")", "]"),
     "[": (")", "]"),
@@ -650,12 +764,12 @@ BRACKETS = {  # each with what may close it
     "\\{": ("\\}",),
     "\\lfloor": ("\\rfloor",),
     "\\lceil": ("\\rceil",),
-    **{f"begin{{{name}}}": (f"end{{{name}}}",) for name in MATRICES},
+    **{f"begin{{{name}}}": (f"end{{{name}}}",) for name in (*MATRICES, *ROWS)},
 }
 CLOSING = {*chain.from_iterable(BRACKETS.values())}
 # Operators that begin a value.
 PREFIXES = {*BRACKETS, "\\frac", "\\binom", "\\sum", "\\prod", "\\emptyset"}
-OPERATORS = PREFIXES | CLOSING | {"\\cup", "\\setminus", "\\\\", "\\pm", "\\mp"}
+OPERATORS = PREFIXES | CLOSING | {*str.split(r"\cup \setminus \\ \pm \mp \mod")}
 UNITS = read_table("""
 cm cm centimeter centimetre
 mm mm millimeter millimetre
@@ -687,6 +801,22 @@ cent cent
 deg deg degree
 rad rad radian
 gallon gallon
+N N newton
+J J joule
+W W watt
+V V volt
+A A amp ampere
+C C coulomb celsius
+F F fahrenheit farad
+K K kelvin
+T T tesla
+Pa Pa pascal
+Hz Hz hertz
+kN kN kilonewton
+kJ kJ kilojoule
+kW kW kilowatt
+kV kV kilovolt
+kPa kPa kilopascal
 % % percent pct percentage
 am am
 pm pm
@@ -746,6 +876,8 @@ def read_quoted(word: str) -> Token:
     r"""A word of \text{…}."""
     if word in DIGITS:
         return Token("number", DIGITS[word])
+    if word in WORD_OPERATORS:
+        return Token("op", WORD_OPERATORS[word])
     return Token("name" if word in KNOWN else "text", word)
 
 
@@ -771,6 +903,8 @@ def split_word(word: str, before: Token) -> list[Token]:
         return [Token("number", DIGITS[lower])]
     if lower in ("and", "or"):
         return [Token("text", lower)]
+    if lower in WORD_OPERATORS:
+        return [Token("op", WORD_OPERATORS[lower])]
     after_number = before.kind == "number" or before.text in (")", "}", "/")
     if before.kind == "text" or lower in ("yes", "no") or (after_number and unit_name(word)):
         return [Token("text", word)]
@@ -789,13 +923,15 @@ class Leaf(NamedTuple):
     expr: sympy.Expr  # an inert tree
     approximate: bool = False  # holds a decimal that is no integer
     unit: str = ""  # a known unit, "%" for a percentage
+    modulus: sympy.Expr | None = None  # of 3 (mod 7)
 
 
 class Seq(NamedTuple):
     """A collection: (1,2), [0,1), {1,2}, "1, 2", a union, a matrix."""
 
-    # by its brackets "()" "[]" "(]" "[)"; "set"; "list" (bare); "union"; "matrix" (of rows, or a
-    # vector)
+    # By its brackets "()" "[]" "(]" "[)"; "set"; "list" (bare); "and", "or" (of conditions);
+    # "union"; "matrix" (of rows, or a vector); "ratio"; "builder" {3k | k ∈ ℤ} and "family"
+    # 3k, k ∈ ℤ (the template and a list of conditions); "cases" (pairs of value and condition).
     kind: str
     items: tuple
 
@@ -939,6 +1075,8 @@ def apply_function(name: str, *values):
         return root(value, Integer(2))
     if name == "exp":
         return power(sympy.E, value)
+    if name == "cis":
+        return power(sympy.E, multiply(sympy.I, value))
     exact = value.is_Rational and name in OF_REALS
     return getattr(sympy, name)(value, evaluate=exact)
 
@@ -961,15 +1099,39 @@ def scale(value, factor):
 
 # -- parse: parse_list > relation > union > leaf go along the top; expression goes down ------------
 TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
-RELATIONS = {*TURNED, "=", "~", "!=", "∈"}
+RELATIONS = {*TURNED, "=", "~", "!=", "∈", "≡"}
 SEPARATORS = {",", ";", "and", "or"}
 SIGNS_OF_TERMS = ("+", "-", "\\pm", "\\mp")
+SUCH_THAT = "such that"  # stands for the bar of a set {x | x > 0}
 LEVELS = {  # how tightly operators bind
+    ":": 0.5,
     **dict.fromkeys(SIGNS_OF_TERMS, 1),
-    **dict.fromkeys("*/:", 2),
+    **dict.fromkeys("*/", 2),
     **dict.fromkeys("^!°", 4),
 }
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+SCALES = {  # words that change the value of a number before them
+    word: Rational(value)
+    for word, value in read_table("""
+100 hundred
+1000 thousand
+1000000 million
+1000000000 billion
+1000000000000 trillion
+12 dozen
+1/2 half halves
+1/3 third thirds
+1/4 fourth fourths quarter quarters
+1/5 fifth fifths
+1/6 sixth sixths
+1/7 seventh sevenths
+1/8 eighth eighths
+1/9 ninth ninths
+1/10 tenth tenths
+1/100 hundredth hundredths
+1/1000 thousandth thousandths
+""").items()
+}
+POWER_WORDS = {"squared": Integer(2), "cubed": Integer(3)}
 REAL_LINE = Seq("()", (Leaf(negate(sympy.oo)), Leaf(sympy.oo)))
 NO_SOLUTION = {
     "no solution",
@@ -984,6 +1146,7 @@ class Parser:
     """Recursive descent over the tokens of one answer: "x = 1, 2" -> Relation(x = 1), Leaf(2)."""
 
     def __init__(self, tokens: list[Token]):
+        tokens = [token for i, token in enumerate(tokens) if not aligns(tokens, i)]
         self.tokens = [*tokens, *[Token("end", "")] * 3]  # three, for looking ahead
         self.at = 0
         self.partner = find_partners(tokens)
@@ -1029,7 +1192,14 @@ class Parser:
         values = self.parse_list()
         if self.kind != "end":
             raise Unparsed(f"unexpected {self.peek}")
-        return values[0] if len(values) == 1 else Seq("list", tuple(values))
+        return self.join(values, 0)
+
+    def join(self, values: list, start: int):
+        """One value, or what separates several since the token `start` makes of them."""
+        if len(values) == 1:
+            return values[0]
+        words = {token.text for token in self.tokens[start : self.at]} & {"and", "or"}
+        return join_values(values, words.pop() if len(words) == 1 else "")
 
     def parse_list(self, expand: bool = True) -> list:
         r"""Values separated by commas, semicolons, "and" or "or". One with ± is read twice:
@@ -1041,14 +1211,15 @@ class Parser:
             while values and self.accept("and", "or"):  # 1, 2, and 3
                 pass
             start = self.at
-            for sign in (1, -1) if expand else (outer,):
-                self.sign = sign
+            self.sign = 1 if expand else outer
+            values.append(self.relation())
+            texts = {token.text for token in self.tokens[start : self.at]}
+            if expand and not texts.isdisjoint(("\\pm", "\\mp")):
                 self.at = start
-                values.append(self.relation())
-                if not any(
-                    token.text in ("\\pm", "\\mp") for token in self.tokens[start : self.at]
-                ):
-                    break
+                self.sign = -1
+                other = self.relation()
+                if other != values[-1]:  # a set within has both already
+                    values.append(other)
         self.sign = outer
         return values
 
@@ -1122,12 +1293,36 @@ class Parser:
         else:
             value = self.expression()
         if isinstance(value, sympy.Expr):
-            if self.peek in SCALES:  # 2 million
-                value = multiply(value, Integer(10) ** SCALES[self.next().text])
+            value = self.scaled(value)
             self.read_unit(bool(value.free_symbols))
-            value = Leaf(value, self.rounded, self.unit)
+            value = Leaf(value, self.rounded, self.unit, self.modulus())
         self.unit, self.rounded = outer
         return value
+
+    def scaled(self, value):
+        """A value and the words that change it: 2 million, two thirds, 5 squared, 5 factorial."""
+        while True:
+            if self.peek in SCALES:
+                value = multiply(value, SCALES[self.next().text])
+            elif self.peek in POWER_WORDS:
+                value = power(value, POWER_WORDS[self.next().text])
+            elif self.accept("factorial"):
+                value = factorial(value)
+            else:
+                return value
+
+    def modulus(self):
+        r"""7 in (mod 7), mod 7 and \pmod{7}; None where there is none."""
+        in_brackets = self.mod_ahead() and self.accept("(")
+        if not self.accept("\\mod"):
+            return None
+        value = as_expr(self.expression(3))
+        if in_brackets:
+            self.expect(")")
+        return value
+
+    def mod_ahead(self) -> bool:
+        return self.peek == "(" and self.tokens[self.at + 1].text == "\\mod"
 
     def words(self) -> list[str]:
         """Words, and the single letters behind the first of them."""
@@ -1176,7 +1371,7 @@ class Parser:
     def value_ahead(self) -> bool:
         """Whether the next token begins a value, so that a product without a sign comes."""
         if self.kind in ("number", "name") or self.peek in PREFIXES:
-            return True
+            return not self.mod_ahead()
         return self.peek == "|" and not self.bars
 
     def signed(self, level: int):
@@ -1199,14 +1394,24 @@ class Parser:
             return left
         if op == "^":  # powers are read from right to left
             return self.raise_to(left, self.expression(3))
-        right = self.expression(2)
-        if op != "*":
+        right = self.expression(LEVELS[op])
+        if op == ":":
+            return self.ratio(left, right)
+        if op == "/":
             return divide(as_expr(left), as_expr(right))
         if not isinstance(right, Seq):
             return scale(left, right)
         if as_expr(left).is_Symbol and left.name.isupper():  # the point A(1, 2)
-            return right
+            return Relation((Leaf(left), right), ("=",))
         return scale(right, left)  # 2 (1, 2) is (2, 4)
+
+    def ratio(self, left, right):
+        """a:b is a quotient; a:b:c is not."""
+        if not is_kind(left, "ratio"):
+            if self.peek != ":":
+                return divide(as_expr(left), as_expr(right))
+            left = Seq("ratio", (Leaf(as_expr(left)),))
+        return Seq("ratio", (*left.items, Leaf(as_expr(right))))
 
     def raise_to(self, base, exponent):
         return power(as_expr(base), as_expr(exponent))
@@ -1336,7 +1541,7 @@ class Parser:
         stop = self.partner[self.at - 1]
         closing = self.tokens[stop].text
         if opening.startswith("begin"):
-            return self.matrix()
+            return self.environment(closing)
         if opening in ("\\lfloor", "\\lceil"):
             name = "floor" if opening == "\\lfloor" else "ceil"
             value = apply_function(name, as_expr(self.expression()))
@@ -1345,60 +1550,72 @@ class Parser:
         outer = self.bars
         self.bars = False
         is_set = opening == "\\{"
-        if is_set:
-            self.skip_to_condition(stop)
+        template = self.template(stop) if is_set else None
+        start = self.at
         items = []
         if self.at < stop or not is_set:
             items = self.parse_list(expand=is_set)
+        joined = self.join(items, start) if template else None
         self.expect(closing)
         self.bars = outer
+        if template:
+            return build_set(template, joined)
         if is_set or (opening == "{" and len(items) > 1):
-            relations = items and all(isinstance(item, Relation) for item in items)
-            return Seq("list" if relations else "set", tuple(items))
+            return Seq("set", tuple(items))
         if len(items) > 1:
             return Seq(opening + closing, tuple(items))
         return self.bracketed(items[0])
 
-    def skip_to_condition(self, stop: int) -> None:
-        """In {x | x > 0}, step over "x |"."""
-        texts = [token.text for token in self.tokens[self.at : stop]]
-        for place, text in enumerate(texts):
-            if text in ("|", ":"):
-                if place and not RELATIONS.isdisjoint(texts[place:]):
-                    self.at += place + 1
-                return
+    def template(self, stop: int):
+        """In {3k | k ∈ ℤ}, 3k, and step over the bar; None in another set."""
+        bars = 0
+        for place in range(self.at, stop):
+            text = self.tokens[place].text
+            is_bar = text in (":", SUCH_THAT) or (text == "|" and bars % 2 == 0)
+            texts = [token.text for token in self.tokens[place:stop]]
+            if is_bar and place > self.at and not RELATIONS.isdisjoint(texts):
+                self.tokens[place] = Token("op", SUCH_THAT)
+                template = self.relation()
+                self.expect(SUCH_THAT)
+                return template
+            if text == "|":
+                bars += 1
+        return None
 
     def bracketed(self, value):
         """The value of (…); its unit goes to what is around it: (5 cm) + ..., (50%)."""
         if not isinstance(value, Leaf):
             return value
+        if value.modulus is not None:
+            raise Unparsed("arithmetic on a remainder")
         if value.unit == "%":
             return divide(value.expr, Integer(100))
         self.unit = self.unit or value.unit
         self.rounded = self.rounded or value.approximate
         return value.expr
 
-    def matrix(self) -> Seq:
-        r"""\begin{pmatrix}1&2\\3&4\end{pmatrix}: a matrix of its rows; one row or column: of its
-        entries."""
+    def environment(self, closing: str):
+        r"""\begin{pmatrix}1&2\\3&4\end{pmatrix} and the like; see value_of_rows."""
         stop = self.partner[self.at - 1]
         rows: list[list] = [[]]
-        while self.at < stop:
-            rows[-1].append(self.leaf())
-            if self.at == stop:
-                break
-            if not self.accept("\\\\"):
-                self.expect("&")
-            elif self.at < stop:
+        while True:
+            if not rows[-1] and "matrix" not in closing:
+                self.accept("&")
+            rows[-1] += self.cell()
+            if self.accept("\\\\"):
+                if self.at == stop:
+                    break
                 rows.append([])
-        self.next()
-        cells = [*chain.from_iterable(rows)]
-        lengths = {len(row) for row in rows}
-        if not cells or len(lengths) > 1 or not all(isinstance(cell, Leaf) for cell in cells):
-            raise Unparsed("not a matrix")
-        if len(rows) == 1 or lengths == {1}:
-            return Seq("matrix", tuple(cells))
-        return Seq("matrix", tuple(Seq("matrix", tuple(row)) for row in rows))
+            elif not self.accept("&"):
+                break
+        self.expect(closing)
+        return value_of_rows(rows, closing)
+
+    def cell(self) -> list:
+        """A cell of a matrix, or an equation or condition of a system: "if x > 0"."""
+        while self.peek in ("if", "for", "when", "where"):
+            self.next()
+        return self.parse_list(expand=False)
 
     def series(self, combine_terms):
         r"""\sum_{k=a}^{b} term with integers a and b: the term is read once for each k."""
@@ -1421,6 +1638,134 @@ class Parser:
         return combine_terms(*terms)
 
 
+def aligns(tokens: list[Token], place: int) -> bool:
+    """Whether this is an & that aligns equations: x &= 3."""
+    around = {token.text for token in tokens[max(place - 1, 0) : place + 2]}
+    return tokens[place].text == "&" and not RELATIONS.isdisjoint(around)
+
+
+def value_of_rows(rows: list[list], closing: str):
+    """A matrix of its rows; one row or column: of its entries. Equations one below the other: a
+    list. Rows of a value and its condition: cases."""
+    cells = [*chain.from_iterable(rows)]
+    lengths = {len(row) for row in rows}
+    is_matrix = all(isinstance(cell, Leaf) for cell in cells) and "cases" not in closing
+    if len(lengths) == 1 and is_matrix:
+        if len(rows) == 1 or lengths == {1}:
+            return Seq("matrix", tuple(cells))
+        return Seq("matrix", tuple(Seq("matrix", tuple(row)) for row in rows))
+    if "matrix" in closing:
+        raise Unparsed("not a matrix")
+    if "cases" in closing and lengths == {2} and not isinstance(rows[0][0], Relation):
+        return Seq("cases", tuple(Seq("case", tuple(row)) for row in rows))
+    return join_values(cells, "")
+
+
+def build_set(template, condition):
+    """{x | x > 0} and {x ∈ ℝ | x > 0} are what the condition says; others keep the template."""
+    conditions = [condition]
+    if isinstance(template, Relation) and template.ops == ("∈",):
+        template, domain = template.sides
+        if domain != REAL_LINE:
+            conditions.insert(0, Relation((template, domain), ("∈",)))
+    is_variable = isinstance(template, Leaf) and template.expr.is_Symbol
+    if is_variable and len(conditions) == 1:
+        return condition
+    return Seq("builder", (template, Seq("list", tuple(conditions))))
+
+
+def is_condition(value) -> bool:
+    """An inequality."""
+    return isinstance(value, Relation) and not {*value.ops} <= {"=", "∈", "≡"}
+
+
+def join_values(values: list, word: str):
+    """Several values between which `word` stands: "and", "or"; "" for commas or both."""
+    share_modulus(values)
+    if is_membership(values[-1]):  # 3k, k ∈ ℤ
+        count = next(i for i, value in enumerate(values) if is_membership(value))
+        if count > 0 and all(map(is_membership, values[count:])):
+            template = values[0] if count == 1 else join_values(values[:count], "")
+            return Seq("family", (template, Seq("list", tuple(values[count:]))))
+    names = {first_name(value) for value in values if isinstance(value, Relation)}
+    relations = all(isinstance(value, Relation) for value in values)
+    if word and relations and (len(names) > 1 or any(map(is_condition, values))):
+        both = intersection(values) if word == "and" else None
+        return both or Seq(word, tuple(values))
+    return total(values) or Seq("list", tuple(values))
+
+
+def intersection(relations: list) -> Seq | None:
+    """The numbers for which all inequalities in one variable hold: x > 2 and x < 5 -> (2,5). None
+    where their ends cannot be compared."""
+    if len({first_name(relation) for relation in relations}) > 1:
+        return None
+    pieces = [REAL_LINE]
+    for relation in relations:
+        denoted = denoted_value(relation)
+        if not isinstance(denoted, Seq):
+            return None
+        parts = denoted.items if denoted.kind == "union" else (denoted,)
+        overlaps = [overlap(one, other) for one in pieces for other in parts]
+        if None in overlaps:
+            return None
+        pieces = [piece for piece in overlaps if piece.items]
+    return pieces[0] if len(pieces) == 1 else Seq("union", tuple(pieces))
+
+
+def end_of(leaf: Leaf):
+    """The end of an interval as a number; None for one that is not rational."""
+    for end, value in zip(REAL_LINE.items, (-math.inf, math.inf)):
+        if leaf == end:
+            return value
+    return Fraction(leaf.expr.p, leaf.expr.q) if leaf.expr.is_Rational else None
+
+
+def overlap(one: Seq, other: Seq) -> Seq | None:
+    """The interval that is in both, or an empty set; None where the ends cannot be compared."""
+    pairs = [(end_of(seq.items[0]), end_of(seq.items[1]), seq) for seq in (one, other)]
+    if any(None in pair for pair in pairs):
+        return None
+    low, is_open, left = max((low, seq.kind[0] == "(", seq.items[0]) for low, _, seq in pairs)
+    high, is_closed, right = min((high, seq.kind[1] == "]", seq.items[1]) for _, high, seq in pairs)
+    if low > high or (low == high and (is_open or not is_closed)):
+        return Seq("set", ())
+    return Seq(("(" if is_open else "[") + ("]" if is_closed else ")"), (left, right))
+
+
+def is_membership(value) -> bool:
+    """k ∈ ℤ"""
+    if not isinstance(value, Relation) or value.ops != ("∈",):
+        return False
+    domain = value.sides[1]
+    return isinstance(domain, Leaf) and domain.expr.is_Symbol
+
+
+def share_modulus(values: list) -> None:
+    """x ≡ 1, 3 (mod 8) is x ≡ 1 (mod 8) and x ≡ 3 (mod 8)."""
+    last = values[-1].sides[-1] if isinstance(values[-1], Relation) else values[-1]
+    first = values[0]
+    if not isinstance(last, Leaf) or last.modulus is None or not isinstance(first, Relation):
+        return
+    for i, value in enumerate(values):
+        if isinstance(value, Leaf):
+            value = Relation((*first.sides[:-1], value), first.ops)
+        if isinstance(value, Relation) and isinstance(value.sides[-1], Leaf):
+            shared = value.sides[-1]._replace(modulus=last.modulus)
+            values[i] = value._replace(sides=(*value.sides[:-1], shared))
+
+
+def total(values: list) -> Leaf | None:
+    """1 hour and 30 minutes as minutes; None for other lists."""
+    if not all(isinstance(value, Leaf) and value.unit in BASE_UNITS for value in values):
+        return None
+    bases = {BASE_UNITS[value.unit][0] for value in values}
+    if len(bases) > 1 or len({value.unit for value in values}) < len(values) or bases == {""}:
+        return None
+    sizes = [multiply(value.expr, BASE_UNITS[value.unit][1]) for value in values]
+    return Leaf(add(*sizes), any(value.approximate for value in values), *bases)
+
+
 def find_partners(tokens: list[Token]) -> dict[int, int]:
     """Where each bracket closes, by the place where it opens: "(1,2]" -> {0: 4}."""
     partner = {}
@@ -1438,24 +1783,33 @@ def find_partners(tokens: list[Token]) -> dict[int, int]:
 
 
 def name_of(side) -> str:
-    r"""The spelling of a side that only names something: x_1, AB, (x,y), \cos A, f^{-1}(x), words;
-    "" for other sides."""
+    r"""The spelling of a side that only names something: x_1, AB, (x,y), \cos A, f^{-1}(x), |AB|,
+    AB/BC, words; "" for other sides."""
     if isinstance(side, str):
         return side
-    if is_kind(side, "()"):
+    if is_kind(side, "()", "ratio"):
         names = [name_of(item) for item in side.items]
         return f"({','.join(names)})" if all(names) else ""
     if not isinstance(side, Leaf) or side.unit:
         return ""
-    expr = side.expr
+    name = name_of_expr(side.expr)
+    return "" if name.startswith("/") else name  # 1/x
+
+
+def name_of_expr(expr) -> str:
     if expr.is_Symbol:
         return expr.name
-    if expr.is_Mul and all(factor.is_Symbol for factor in expr.args):
-        return "".join(factor.name for factor in expr.args)
+    if expr.is_Mul or expr.func is sympy.Abs:
+        names = [name_of_expr(factor) for factor in expr.args]
+        bar = "" if expr.is_Mul else "|"
+        return f"{bar}{''.join(names)}{bar}" if all(names) else ""
     called = expr.is_Pow and expr.base.is_Symbol and "(" in expr.base.name
     if expr.is_Function or called:
         simple = all(argument.is_Symbol or argument == -1 for argument in expr.args)
         return str(expr) if simple else ""
+    if expr.is_Pow and expr.exp == -1:
+        name = name_of_expr(expr.base)
+        return name and f"/{name}"
     return ""
 
 
@@ -1467,7 +1821,9 @@ def value_of_words(words: list[str]):
         last_is = max(place for place, word in enumerate(words) if word == "is")
         words = words[last_is + 1 :] or words
     text = " ".join(words)
-    return Seq("set", ()) if text in NO_SOLUTION else text
+    if text in NO_SOLUTION:
+        return Seq("set", ())
+    return text.removesuffix(" solutions")  # infinitely many
 
 
 def complement(points) -> Seq:
@@ -1501,6 +1857,12 @@ class Parsed(NamedTuple):
     why: str = ""  # why it is not
 
 
+def spelling_of(token: Token) -> str:
+    """Words without capitals; units of one or two letters keep theirs: mW is not MW."""
+    is_word = token.kind == "text" and len(token.text) > 2
+    return token.text.casefold() if is_word else token.text
+
+
 @lru_cache(maxsize=512)
 def parse(text: str, thousands: bool = True) -> Parsed:
     """A whole answer: "1/2" -> Leaf(1/2). What is not in the grammar, or beyond the limits, is text
@@ -1511,9 +1873,7 @@ def parse(text: str, thousands: bool = True) -> Parsed:
     spelling = re.sub(r"\s+", "", text)
     try:
         tokens = tokenise(text)
-        spelling = "".join(
-            token.text.casefold() if token.kind == "text" else token.text for token in tokens
-        )
+        spelling = "".join(map(spelling_of, tokens))
         value = Parser(tokens).answer()
         if count_leaves(value) > MAX_LEAVES:
             raise Unparsed("too many values")
@@ -1528,70 +1888,133 @@ def parse(text: str, thousands: bool = True) -> Parsed:
 # nor cancel from e^(10^9 ln 2).
 NUMBERS = MPContext()  # our own mpmath context
 LOCK = threading.RLock()  # held while the precision of NUMBERS is ours
+MIN_PRECISION = 192  # bits
 GAMMAS = ("factorial", "binomial")
-OF_REALS = ("Abs", "floor", "ceiling")
+ROUNDED = ("floor", "ceiling")
+OF_REALS = ("Abs", "sign", *ROUNDED)
+SATURATING = ("sinh", "cosh", "tanh")  # they differ, or differ from 1, by e^(-2x)
 
 
-def test_point(name: str, k: int, real: bool):
-    """A variable's k-th value: near the positive axis, where roots and logarithms behave; or real,
-    of both signs."""
-    noise = zlib.crc32(f"{name} {k}".encode("utf-8", "replace"))
-    size = 0.3 + (noise & 0xFFFF) / 0x8000
-    if not real:
-        return NUMBERS.mpc(size, 0.05 + (noise >> 16) / 0x50000)
-    negative = k == 1 or (k > 1 and noise >> 20 & 1)
-    return NUMBERS.mpf(-size if negative else size)
+class Point(NamedTuple):
+    """Where trees are evaluated: it gives each variable a value, by its name."""
+
+    kind: str  # complex: near the positive axis, where roots and logarithms behave; positive; real
+    k: int
+    size: float = 1
+    center: Rational = Integer(0)
+    integers: tuple = ()  # the names of the variables that are integers
+
+    def value(self, name: str):
+        noise = zlib.crc32(f"{name} {self.k}".encode("utf-8", "replace"))
+        if name in self.integers:
+            return NUMBERS.mpf(self.integer(name, noise))
+        distance = self.size * (0.3 + (noise & 0xFFFF) / 0x8000)
+        if self.kind == "complex":
+            return NUMBERS.mpc(distance, 0.05 + (noise >> 16) / 0x50000)
+        if self.kind == "real" and self.is_negative(noise):
+            distance = -distance
+        return NUMBERS.mpf(self.center.p) / self.center.q + distance
+
+    def is_negative(self, noise: int) -> bool:
+        """Of four points one is all positive and one all negative."""
+        return self.k % 4 == 1 or (self.k % 4 > 1 and bool(noise >> 20 & 1))
+
+    def integer(self, name: str, noise: int) -> int:
+        """Small ones in a row, so that each remainder occurs; or large."""
+        if self.size > 1:
+            return self.size + noise % self.size
+        return self.k + 1 if name == self.integers[0] else noise % 12
 
 
-def numeric_value(expr, k: int, real: bool):
-    """The value at the k-th point; ArithmeticError where there is none, or out of bounds."""
+class Number(NamedTuple):
+    """The value of a tree at a point."""
+
+    value: object  # of mpmath
+    spread: int  # bits between the largest and the smallest term that make it up
+
+
+def numeric_value(expr, point: Point) -> Number:
+    """The value at a point; ArithmeticError where there is none, or out of bounds."""
     if expr.is_Rational:
-        return NUMBERS.mpf(expr.p) / expr.q
+        return Number(NUMBERS.mpf(expr.p) / expr.q, 0)
     if expr.is_Symbol:
-        return test_point(expr.name, k, real)
+        return Number(point.value(expr.name), 0)
     if not expr.args:
         constant = {sympy.pi: NUMBERS.pi, sympy.E: NUMBERS.e, sympy.I: NUMBERS.j}[expr]
-        return constant * NUMBERS.one
-    values = [numeric_value(argument, k, real) for argument in expr.args]
+        return Number(constant * NUMBERS.one, 0)
+    inner = [numeric_value(argument, point) for argument in expr.args]
+    values = [number.value for number in inner]
     if expr.is_Add:
-        result = sum(values)
+        result = numeric_sum(values)
     elif expr.is_Mul:
-        result = math.prod(values)
+        result = Number(math.prod(values), 0)
     elif expr.is_Pow:
-        result = numeric_power(*values, expr.exp)
+        result = numeric_power(*values, expr.exp, point.kind == "real")
     else:
         result = numeric_function(expr.func.__name__, values)
-    if not NUMBERS.mag(result) <= MAX_MAGNITUDE:
+    if not NUMBERS.mag(result.value) <= MAX_MAGNITUDE:
         raise ArithmeticError("too large, or not a number")
-    return result
+    return Number(result.value, result.spread + max(number.spread for number in inner))
 
 
-def numeric_power(base, exponent, exact_exponent):
-    """base^exponent, or infinity or NaN where it is out of bounds."""
+def numeric_sum(values: list) -> Number:
+    """A sum that nearly vanishes beside its terms is 0 seen through rounding: sin 1 ² + cos 1 ² - 1.
+    The precision follows the spread of the terms, so that no term is lost like that."""
+    total = sum(values)
+    sizes = [NUMBERS.mag(value) for value in values if value]
+    if not sizes:
+        return Number(total, 0)
+    if total and NUMBERS.mag(total) < max(sizes) - 3 * NUMBERS.prec // 4:
+        total = NUMBERS.zero
+    return Number(total, max(sizes) - min(sizes))
+
+
+def numeric_power(base, exponent, exact, real: bool) -> Number:
+    """base^exponent, or infinity or NaN where it is out of bounds. Over the reals an odd root of a
+    negative number is negative."""
     if base == 0:
-        return base if exponent.real > 0 else NUMBERS.nan
-    if exact_exponent.is_Integer and abs(exponent) <= 10_000:
+        return Number(base if exponent.real > 0 else NUMBERS.nan, 0)
+    integral = exact.is_Integer or (not exponent.imag and exponent == NUMBERS.nint(exponent.real))
+    if integral and abs(exponent) <= 10_000:
         small = abs(exponent * NUMBERS.mag(base)) < 4 * MAX_MAGNITUDE
-        return base ** int(exponent) if small else NUMBERS.inf
+        return Number(base ** int(exponent.real) if small else NUMBERS.inf, 0)
+    if real and exact.is_Rational and exact.q % 2 and not base.imag and base.real < 0:
+        result = numeric_power(-base, exponent, exact, real)
+        return Number(-result.value, result.spread) if exact.p % 2 else result
     logarithm = exponent * NUMBERS.ln(base)
-    return NUMBERS.exp(logarithm) if NUMBERS.mag(logarithm) <= 16 else NUMBERS.inf
+    if NUMBERS.mag(logarithm) > 16:
+        return Number(NUMBERS.inf, 0)
+    # e^tiny is 1 and a tiny term
+    return Number(NUMBERS.exp(logarithm), max(0, -size_of(logarithm)))
 
 
-def numeric_function(name: str, values: list):
+def size_of(value) -> int:
+    """The exponent of 2 that is about as large; 0 for 0."""
+    return NUMBERS.mag(value) if value else 0
+
+
+def numeric_function(name: str, values: list) -> Number:
     """The function of sympy's name; ArithmeticError where its argument is out of bounds."""
     largest = 1_000
     if name in GAMMAS:
         largest = 12
     elif any(value.imag for value in values):
         largest = 16
-    if max(map(NUMBERS.mag, values)) > largest:
+    size = max(map(NUMBERS.mag, values))
+    if size > largest:
         raise ArithmeticError("argument too large")
-    if name in ("floor", "ceiling"):
+    if name in ROUNDED:
         nearest = NUMBERS.nint(values[0])
         if abs(values[0] - nearest) < 2.0**-90:  # an integer but for rounding
             values = [nearest]
     theirs = {"Abs": "fabs", "ceiling": "ceil"}.get(name, name)
-    return getattr(NUMBERS, theirs)(*values)
+    result = getattr(NUMBERS, theirs)(*values)
+    spread = 0
+    if name in SATURATING and size > 0:
+        spread = 3 * int(abs(values[0]))
+    elif name not in OF_REALS:  # f(0) and a tiny term; π/2 and a tiny term
+        spread = 2 * abs(size_of(values[0]))
+    return Number(result, spread)
 
 
 @lru_cache(maxsize=512)
@@ -1601,13 +2024,22 @@ class ExprStats:
     def __init__(self, expr):
         nodes = list(sympy.preorder_traversal(expr))
         inner = [node for node in nodes if node.args and node.func not in (Add, Mul)]
-        names = [node.func.__name__ for node in inner]
-        self.nodes = len(nodes)
-        self.cost = sum(30 if name in GAMMAS else 1 for name in names)
-        self.bits = max((bits(node) for node in nodes if node.is_Rational), default=0)
-        self.real = not set(OF_REALS).isdisjoint(names)
+        rounded = [node for node in inner if node.func.__name__ in ROUNDED]
+        gammas = [node for node in inner if node.func.__name__ in GAMMAS]
+        hard = [node for node in inner if not (node.is_Pow and node.exp.is_Integer)]
+        rationals = [node for node in nodes if node.is_Rational]
+        self.nodes = len(nodes) + 8 * (len(inner) - len(hard))
+        self.cost = len(hard) + 29 * len(gammas)
+        self.bits = max(map(bits, rationals), default=0)
+        self.constants = {abs(node) for node in rationals if bits(node) < 64}
+        self.rounded = bool(rounded)
+        self.real = any(node.func.__name__ in OF_REALS for node in inner)
         # whether it holds a root or logarithm of a variable
         self.rooted = any(has_branches(node) and node.args[0].free_symbols for node in inner)
+        # A variable under a floor is an integer, but in ⌊x⌋, which would then say nothing.
+        plain = [node for node in rounded if is_integral(node.args[0])]
+        self.integers = names_in([node for node in rounded if node not in plain] + gammas)
+        self.not_integers = names_in(plain)
 
 
 def has_branches(node) -> bool:
@@ -1615,8 +2047,21 @@ def has_branches(node) -> bool:
     return node.func is sympy.log or (node.is_Pow and not node.exp.is_Integer)
 
 
+def is_integral(expr) -> bool:
+    """An integer wherever its variables are: 2x² + 1."""
+    if expr.is_Add or expr.is_Mul:
+        return all(map(is_integral, expr.args))
+    if expr.is_Pow:
+        return bool(is_integral(expr.base) and expr.exp.is_Integer and expr.exp > 0)
+    return bool(expr.is_Symbol or expr.is_Integer)
+
+
+def names_in(exprs: list) -> set[str]:
+    return {symbol.name for expr in exprs for symbol in expr.free_symbols}
+
+
 @lru_cache(maxsize=4096)
-def value_at(expr, k: int, real: bool, precision: int):
+def value_at(expr, point: Point, precision: int) -> Number | None:
     """numeric_value, remembered; None where there is no value, or where it would take too much
     work."""
     stats = ExprStats(expr)
@@ -1626,57 +2071,77 @@ def value_at(expr, k: int, real: bool, precision: int):
         return None
     NUMBERS.prec = precision
     try:
-        return numeric_value(expr, k, real)
+        return numeric_value(expr, point)
     except (ArithmeticError, ValueError, KeyError, TypeError):
         return None
 
 
-def equal_at(x, y, k: int, real: bool, precision: int, approximate: bool) -> bool | None:
-    """Whether two trees agree at the k-th point; None where one has no value. Two sides that are
-    both tiny may be zero seen through rounding (sin 1 ² + cos 1 ² - 1); then they shrink as the
-    precision grows."""
-    for now in (precision, 4 * precision):
-        left = value_at(x, k, real, now)
-        right = value_at(y, k, real, now)
-        if left is None or right is None:
-            return None
-        NUMBERS.prec = now
-        tolerance = NUMBERS.ldexp(1, -now // 2)
-        if approximate and now == precision:
-            tolerance = NUMBERS.mpf(1e-6)
-        size = max(abs(left), abs(right))
-        if abs(left - right) <= tolerance * size:
-            return True
-        if NUMBERS.mag(size) > -now // 3:
-            return False
-    return True
+def values_at(exprs: tuple, point: Point, precision: int) -> tuple | None:
+    """The values of trees at a point, so precise that half of the bits show their smallest terms;
+    None where one has no value."""
+    numbers = [value_at(expr, point, precision) for expr in exprs]
+    if None in numbers:
+        return None
+    needed = 128 + 2 * max(number.spread for number in numbers)
+    if needed > precision:
+        return values_at(exprs, point, (needed // 64 + 1) * 64)
+    NUMBERS.prec = precision
+    return *(number.value for number in numbers), precision
 
 
-class TestPoints(NamedTuple):
-    """At how many points two trees are compared, and how."""
+def equal_at(x, y, point: Point, precision: int, approximate: bool) -> bool | None:
+    """Whether two trees agree at a point; None where one has no value."""
+    found = values_at((x, y), point, precision)
+    if found is None:
+        return None
+    left, right, precision = found
+    if point.kind == "positive" and left.imag and right.imag:
+        return None  # neither is a real number: which branch it is on does not count
+    tolerance = NUMBERS.mpf(1e-6) if approximate else NUMBERS.ldexp(1, -precision // 2)
+    return bool(abs(left - right) <= tolerance * max(abs(left), abs(right)))
 
-    count: int
-    real: bool
-    precision: int  # bits
 
-
-def choose_test_points(x, y) -> TestPoints:
-    """One point for constants; more bits for larger numbers; points of both signs where only one
-    side has a root, so that √(x²) is not x."""
+def choose_points(x, y) -> list[Point]:
+    """Where to compare two trees. One point is enough for constants. An absolute value, or a root
+    or logarithm on one side only, asks for real points of both signs, of several sizes and around
+    the constants, so that √(x²) is not x and |x - 5| not 5 - x."""
     one = ExprStats(x)
     other = ExprStats(y)
-    real = one.real or other.real or one.rooted != other.rooted
-    precision = 192
-    while precision < 2 * max(one.bits, other.bits) + 64:
-        precision *= 2
-    count = 8 if real else 5
     if not (x.free_symbols or y.free_symbols):
-        count = 1
-    return TestPoints(count, real, precision)
+        return [Point("complex", 0)]
+    real = one.real or other.real or one.rooted != other.rooted
+    kind = "real" if real else "positive"
+    names = (one.integers | other.integers) - one.not_integers - other.not_integers
+    if names:
+        integers = tuple(sorted(names, key=lambda name: (name[0] not in "nN", name)))
+        rounded = one.rounded or other.rounded
+        sizes = [1] * (24 if rounded else 12) + [60, 60, 400, 400]
+        if rounded:
+            sizes += [10**6, 10**6]
+        return [Point(kind, k, size, integers=integers) for k, size in enumerate(sizes)]
+    if real:
+        sizes = [size for size in (1, 4, 20, 500) for _ in range(4)]
+        points = [Point(kind, k, size) for k, size in enumerate(sizes)]
+        for constant in sorted(one.constants | other.constants)[:8]:
+            for center in (constant, -constant):
+                points += [Point(kind, k, 0.25, center) for k in (0, 1)]
+        return points
+    points = [Point("complex", k) for k in range(5)]
+    if one.rooted:
+        points += [Point(kind, k, size) for k, size in enumerate((4, 20, 500))]
+    return points
+
+
+def choose_precision(x, y) -> int:
+    """More bits for larger numbers: a changed digit must count."""
+    precision = MIN_PRECISION
+    while precision < 2 * max(ExprStats(x).bits, ExprStats(y).bits) + 64:
+        precision *= 2
+    return precision
 
 
 def equal_exprs(x, y, approximate: bool = False) -> bool:
-    """Two inert trees: by structure, as exact numbers, by their values at fixed points (most of
+    """Two inert trees: by structure, as exact numbers, by their values at fixed points (a third of
     them must exist)."""
     if x == y:
         return True
@@ -1684,15 +2149,16 @@ def equal_exprs(x, y, approximate: bool = False) -> bool:
         near = abs(x - y) * 10**6 <= max(abs(x), abs(y))
         return approximate and bool(near)  # sympy's own truth is no bool
     with LOCK:
-        count, real, precision = choose_test_points(x, y)
+        points = choose_points(x, y)
+        precision = choose_precision(x, y)
         agreed = 0
-        for k in range(count):
-            equal = equal_at(x, y, k, real, precision, approximate)
+        for point in points:
+            equal = equal_at(x, y, point, precision, approximate)
             if equal is False:
                 return False
             if equal:
                 agreed += 1
-    return 2 * agreed > count
+    return 3 * agreed > len(points)
 
 
 def proportional(x, y, positive: bool) -> bool:
@@ -1703,17 +2169,24 @@ def proportional(x, y, positive: bool) -> bool:
         return all(zeros)
     ratio = divide(x, y)
     with LOCK:
-        _, real, precision = choose_test_points(x, y)
-        precision *= 2  # near a large constant C the ratio of different sides varies by 1/C²
-        values = [value_at(ratio, k, real, precision) for k in range(4)]
-        if None in values:
+        precision = choose_precision(x, y)
+        points = choose_points(x, y)
+        ratios = []
+        for point in points:
+            found = values_at((ratio,), point, precision)
+            # twice the bits: near a large constant C the ratio of different sides varies by 1/C²
+            number = found and value_at(ratio, point, 2 * found[1])
+            if number:
+                ratios.append(number.value)
+                precision = max(precision, found[1])
+        if 3 * len(ratios) <= len(points):
             return False
-        NUMBERS.prec = precision
-        first = values[0]
-        tolerance = NUMBERS.ldexp(abs(first), -precision // 2)
+        NUMBERS.prec = 2 * precision
+        first = ratios[0]
+        tolerance = NUMBERS.ldexp(abs(first), -precision)
         if positive and not (first.real > 0 and abs(first.imag) <= tolerance):
             return False
-        return all(abs(value - first) <= tolerance for value in values)
+        return all(abs(value - first) <= tolerance for value in ratios)
 
 
 # -- compare: values -------------------------------------------------------------------------------
@@ -1728,7 +2201,9 @@ def proportional(x, y, positive: bool) -> bool:
 # tuples, matrices         entry by entry, in order                         (1,2) and (2,1)
 # sets, bare lists         in any order; a bare list also as a tuple        {1,2} and {1,2,3}
 # words, unparsed          the same text                                    5 + and 5
-UNORDERED = ("set", "list", "union")
+UNORDERED = ("set", "list", "union", "and", "or")
+FAMILIES = ("builder", "family")
+UNIT_VECTORS = [Symbol(f"{name}_unit") for name in "ijk"]
 BASE_UNITS = {  # in what some units are compared with others, and what one of them is
     "%": ("", Rational(1, 100)),
     "deg": ("", divide(sympy.pi, Integer(180))),
@@ -1746,6 +2221,9 @@ def equal_values(left, right) -> bool:
     """By the table above: relations by what they say, leaves by value, collections by items."""
     left = unwrap_singleton(left)
     right = unwrap_singleton(right)
+    if is_kind(left, *FAMILIES) != is_kind(right, *FAMILIES):  # 3k, k ∈ ℤ is 3k
+        left = left.items[0] if is_kind(left, "family") else left
+        right = right.items[0] if is_kind(right, "family") else right
     if isinstance(left, Relation) and isinstance(right, Relation):
         return equal_relations(left, right)
     if isinstance(left, Relation):
@@ -1756,14 +2234,26 @@ def equal_values(left, right) -> bool:
         return equal_leaves(left, right)
     if isinstance(left, Seq) and isinstance(right, Seq):
         return equal_collections(left, right)
+    if is_kind(left, "matrix", "()") and isinstance(right, Leaf):
+        left, right = right, left
+    if isinstance(left, Leaf) and is_kind(right, "matrix", "()"):
+        return equal_vectors(left, right)
     return isinstance(left, str) and left == right
 
 
+def equal_vectors(sum_of_units: Leaf, vector: Seq) -> bool:
+    """2i + 3j and (2, 3)."""
+    if sum_of_units.expr.free_symbols.isdisjoint(UNIT_VECTORS):
+        return False
+    terms = [as_expr(scale(unit, item)) for unit, item in zip(UNIT_VECTORS, vector.items)]
+    return len(vector.items) <= 3 and equal_exprs(sum_of_units.expr, add(*terms))
+
+
 def unwrap_singleton(value):
-    """A collection of one value, repeated or not, is that value."""
+    """A collection of one value is that value; a set may repeat it."""
     while is_kind(value, *UNORDERED) and value.items:
         first, *others = value.items
-        if not all(equal_values(first, other) for other in others):
+        if others and (value.kind != "set" or not all(equal_values(first, it) for it in others)):
             break
         value = first
     return value
@@ -1772,6 +2262,8 @@ def unwrap_singleton(value):
 def equal_leaves(left: Leaf, right: Leaf) -> bool:
     """Numbers with or without units: 5 cm is 5 and not 5 m; 50% is 50 and 0.5; 50 cents is 50 and
     $0.50."""
+    if left.modulus is not None and right.modulus is not None:
+        return equal_remainders(left, right)
     approximate = left.approximate or right.approximate
     agree = left.unit == right.unit or not (left.unit and right.unit)
     if agree and equal_exprs(left.expr, right.expr, approximate):
@@ -1783,6 +2275,14 @@ def equal_leaves(left: Leaf, right: Leaf) -> bool:
     left_value = multiply(left.expr, left_size)
     right_value = multiply(right.expr, right_size)
     return left_base == right_base and equal_exprs(left_value, right_value, approximate)
+
+
+def equal_remainders(left: Leaf, right: Leaf) -> bool:
+    """5 (mod 7) and 12 (mod 7); not 5 (mod 8)."""
+    if not equal_exprs(left.modulus, right.modulus):
+        return False
+    turns = divide(add(left.expr, negate(right.expr)), left.modulus)
+    return bool(turns.is_Integer) or equal_exprs(left.expr, right.expr)
 
 
 def is_constant(value) -> bool:
@@ -1799,6 +2299,9 @@ def denoted_value(relation: Relation):
     if {*ops} <= {"=", "∈"}:
         if len(sides) == 2 and names[1] and is_constant(sides[0]):
             return sides[0]
+        constants = [side for side in sides if is_constant(side)]
+        if not all(nearly_equal(side, constants[-1]) for side in constants[:-1]):
+            return None  # 3 = 5
         calculated = is_constant(sides[-1]) and (len(sides) > 2 or is_constant(sides[0]))
         return sides[-1] if names[0] or calculated else None
     if ops == ("!=",):
@@ -1807,6 +2310,15 @@ def denoted_value(relation: Relation):
             return complement(Seq("set", tuple(ends)))
         return None
     return interval_of(sides, ops)
+
+
+def nearly_equal(left: Leaf, right: Leaf) -> bool:
+    """1/3 and 0.33; values of different units are not compared."""
+    if left.unit != right.unit:
+        return True
+    with LOCK:
+        found = values_at((left.expr, right.expr), Point("complex", 0), MIN_PRECISION)
+        return bool(found) and bool(abs(found[0] - found[1]) <= abs(found[1]) / 50)
 
 
 def interval_of(sides: tuple, ops: tuple) -> Seq | None:
@@ -1829,18 +2341,20 @@ def interval_of(sides: tuple, ops: tuple) -> Seq | None:
     return Seq(opening + closing, ends)
 
 
-def equal_relations(left: Relation, right: Relation) -> bool:
-    """x = 5 and 5 = x; y = 2x + 1 and 2x - y + 1 = 0; x > 1 and -2 > -2x; not x = 5 and y = 5."""
+def equal_relations(left: Relation, right: Relation, in_list: bool = False) -> bool:
+    """x = 5 and 5 = x; y = 2x + 1 and 2x - y + 1 = 0; x > 1 and -2 > -2x; not x = 5 and y = 5. What
+    stands alone may have any name in words: Area = 5 and x = 5, f(x) = 2x and y = 2x."""
     one = first_name(left)
     other = first_name(right)
     in_words = any(isinstance(side, str) for side in left.sides + right.sides)
-    # also Area = 5 and x = 5; f(x) = 2x and y = 2x
-    if one == other or in_words or ("(" in one) != ("(" in other):
+    if one == other or (not in_list and (in_words or ("(" in one) != ("(" in other))):
         denoted = [denoted_value(left), denoted_value(right)]
         if None not in denoted and equal_values(*denoted):
             return True
     if left.ops != right.ops:
         return False
+    if "≡" in left.ops or "∈" in left.ops:
+        return all(map(equal_values, left.sides, right.sides))
     if not all(isinstance(side, Leaf) for side in left.sides + right.sides):
         return False
     steps = zip(differences(left), differences(right), left.ops)
@@ -1858,29 +2372,187 @@ def differences(relation: Relation) -> list:
 
 
 def equal_collections(left: Seq, right: Seq) -> bool:
-    """{1,2} and {2,1}; (1,2) and the bare 1,2; not (0,1) and [0,1]."""
+    """{1,2} and {2,1}; (1,2) and the bare 1,2; not (0,1) and [0,1], nor 1,1,2 and 1,2,2."""
     kinds = {left.kind, right.kind}
-    if "union" in kinds or kinds <= {"set", "list"}:
+    if kinds == {"and", "or"}:
+        return False
+    if kinds <= {*FAMILIES}:
+        left, right = (rename_bound(seq) for seq in (left, right))
+        return all(map(equal_values, left.items, right.items))
+    if "ratio" in kinds:
+        return len(kinds) == 1 and equal_ratios(left.items, right.items)
+    for one, other in ((left, right), (right, left)):  # x > 2, x < 5 is also (2,5)
+        if (
+            one.kind == "list"
+            and other.kind not in ("list", "or")
+            and all(map(is_condition, one.items))
+        ):
+            both = intersection(one.items)
+            if both and equal_values(both, other):
+                return True
+    if "union" in kinds or kinds == {"set"}:
         ones, others = (seq.items if seq.kind in UNORDERED else [seq] for seq in (left, right))
-        covered = all(any(equal_values(one, other) for other in others) for one in ones)
-        return covered and all(any(equal_values(one, other) for one in ones) for other in others)
+        return is_within(ones, others) and is_within(others, ones)
+    if kinds <= {*UNORDERED}:
+        return equal_lists(left, right)
+    if kinds == {"cases"}:
+        return equal_in_some_order(left.items, right.items)
     if len(left.items) != len(right.items) or "set" in kinds:
         return False
-    brackets_differ = len(kinds) == 2 and kinds.isdisjoint(("list", "matrix"))
+    brackets_differ = len(kinds) == 2 and kinds.isdisjoint(("list", "and", "matrix"))
     if brackets_differ and (len(left.items) == 2 or kinds != {"()", "[]"}):
         return False  # (0,1) and [0,1] are intervals
     return all(map(equal_values, left.items, right.items))
 
 
+def is_within(ones, others) -> bool:
+    return all(any(equal_values(one, other) for other in others) for one in ones)
+
+
+def equal_lists(left: Seq, right: Seq) -> bool:
+    """In any order, but each value as often: 1,1,2 is not 1,2,2. Labels count: not x = 1, y = 2 and
+    x = 2, y = 1; a list without labels is in the order of one with labels. A set beside a list may
+    hold its values once."""
+    labels = [labels_of(seq) for seq in (left, right)]
+    if bool(labels[0]) != bool(labels[1]) and len({*labels[0], *labels[1]}) > 1:
+        return len(left.items) == len(right.items) and all(
+            map(equal_values, left.items, right.items)
+        )
+    if equal_in_some_order(left.items, right.items):
+        return True
+    for one, other in ((left, right), (right, left)):
+        if one.kind == "set" and equal_in_some_order(distinct(one.items), other.items):
+            return True
+    return False
+
+
+def labels_of(seq: Seq) -> list[str]:
+    """The labels of x = 1, y = 2; none where one value has none."""
+    if not all(isinstance(item, Relation) and item.ops == ("=",) for item in seq.items):
+        return []
+    labels = [first_name(item) for item in seq.items]
+    return labels if all(labels) else []
+
+
+def distinct(items: tuple) -> list:
+    kept: list = []
+    for item in items:
+        if not any(equal_values(item, other) for other in kept):
+            kept.append(item)
+    return kept
+
+
+def equal_in_some_order(ones, others) -> bool:
+    """Each of one side equals one of the other, which is then taken."""
+    rest = [*others]
+    if len(ones) != len(rest):
+        return False
+    for one in ones:
+        place = next((i for i, other in enumerate(rest) if equal_items(one, other)), None)
+        if place is None:
+            return False
+        del rest[place]
+    return True
+
+
+def equal_items(one, other) -> bool:
+    """As equal_values, but labels must agree."""
+    if isinstance(one, Relation) and isinstance(other, Relation):
+        return equal_relations(one, other, in_list=True)
+    return equal_values(one, other)
+
+
+def equal_ratios(ones: tuple, others: tuple) -> bool:
+    """1:2:3 and 2:4:6."""
+    if len(ones) != len(others):
+        return False
+    pairs = pairwise(zip(ones, others))
+    return all(
+        equal_exprs(multiply(a.expr, other_b.expr), multiply(b.expr, other_a.expr))
+        for (a, other_a), (b, other_b) in pairs
+    )
+
+
+def rename_bound(seq: Seq) -> Seq:
+    """{3k | k ∈ ℤ} with the name of its variable replaced, so that {3n | n ∈ ℤ} is the same."""
+    names: dict[str, str] = {}
+    in_condition = symbols_of(seq.items[1])
+    for name in symbols_of(seq.items[0]):
+        if name in in_condition:
+            names.setdefault(name, f"bound {len(names)}")
+    return rename(seq, names)
+
+
+def symbols_of(value) -> list[str]:
+    """The names of the variables, in the order in which they appear."""
+    if isinstance(value, Leaf):
+        nodes = sympy.preorder_traversal(value.expr)
+        return [node.name for node in nodes if node.is_Symbol]
+    inside = value.sides if isinstance(value, Relation) else getattr(value, "items", ())
+    return [name for item in inside for name in symbols_of(item)]
+
+
+def rename(value, names: dict[str, str]):
+    """A value, or an inert tree, with other names for its variables."""
+    if isinstance(value, Leaf):
+        return value._replace(expr=rename(value.expr, names))
+    if isinstance(value, Relation):
+        return value._replace(sides=tuple(rename(side, names) for side in value.sides))
+    if isinstance(value, Seq):
+        return value._replace(items=tuple(rename(item, names) for item in value.items))
+    if isinstance(value, str) or not value.args:
+        return Symbol(names.get(value.name, value.name)) if isinstance(value, Symbol) else value
+    return value.func(*(rename(argument, names) for argument in value.args), evaluate=False)
+
+
+CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(am|pm)?", re.I)
 OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s*(\S.*)", re.S)
 # A binary operator, or a product without a sign.
 CALCULATED = re.compile(r"[\d)}](?:[+-]|\*(?!10\^)|\()")
 
 
+class Clock(NamedTuple):
+    """A time of day."""
+
+    hour: int
+    minute: int
+    half: str  # am, pm or ""
+
+
+def read_clock(text: str) -> Clock | None:
+    """4:20 pm and 16:20; None for other text and for impossible times."""
+    match = CLOCK.fullmatch(text)
+    if not match:
+        return None
+    hour = int(match[1])
+    minute = int(match[2] or 0)
+    half = (match[3] or "").lower()
+    if minute > 59 or hour > 24 or (half and not 1 <= hour <= 12) or not (match[2] or half):
+        return None
+    return Clock(hour, minute, half)
+
+
+def equal_clocks(left: Clock | None, right: Clock | None) -> bool:
+    """16:20 and 4:20 pm; 4:20 and 4:20 pm, too, as a number may lack its unit."""
+    if left is None or right is None or left.minute != right.minute:
+        return False
+    if left.half == right.half or (not (left.half and right.half) and left.hour == right.hour):
+        return left.hour == right.hour
+    hours = [
+        clock.hour % 12 + 12 * (clock.half == "pm") if clock.half else clock.hour
+        for clock in (left, right)
+    ]
+    return hours[0] == hours[1]
+
+
 def compare(answer: str, reference: str) -> bool:
-    """Two answers as they stand: as text, then by value, then in another reading of either."""
+    """Two answers as they stand: as text, then by value, then in another reading of either. h:mm is
+    a time of day where a side says am or pm, or where the reference is written so."""
     left = parse(answer)
     right = parse(reference)
+    clocks = [read_clock(left.text), read_clock(right.text)]
+    if clocks[1] or (clocks[0] and clocks[0].half):
+        return left.text == right.text or equal_clocks(*clocks)
     return (
         left.text == right.text
         or equal_parsed(left, right)
