@@ -239,16 +239,21 @@ def update_policy(run, rollout, advantages):
         ref_logprobs = compute_logprobs(run, run.reference, rollout, all_rows)
     step_sums = MetricSums()
     for number, rows in enumerate(minibatches):
-        suffixes = []
-        if number == 0:
-            suffixes.append("first")
-        if number == len(minibatches) - 1:
-            suffixes.append("last")
         old = old_logprobs if number > 0 else None
-        applied, sums = train_minibatch(run, rollout, rows, advantages, old, ref_logprobs, suffixes)
+        applied, sums = train_minibatch(run, rollout, rows, advantages, old, ref_logprobs)
         if applied:
             step_sums.add(sums)
+            if number == 0:
+                step_sums.add(clip_fractions(sums, "first"))
+            if number == len(minibatches) - 1:
+                step_sums.add(clip_fractions(sums, "last"))
     return step_sums.means()
+
+
+def clip_fractions(sums, suffix):
+    """The clip fractions of one update, to be logged once more under names of their own."""
+    names = ("clip_fraction_local", "clip_fraction_global")
+    return {f"{name}_{suffix}": sums[name] for name in names}
 
 
 def split_into_minibatches(args, step, shape):
@@ -263,12 +268,11 @@ def split_into_minibatches(args, step, shape):
     return minibatches
 
 
-def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs, suffixes=()):
+def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs):
     """One optimiser update on `rows` of the rollout -> (True if it was applied, its MetricSums).
 
     old_logprobs, ref_logprobs (B,R) of all rows of the step. old_logprobs is None in the first
     update of a step: its own log-probs are the old ones, since the weights have not moved.
-    suffixes: names under which the clip fractions are logged once more.
     """
     args = run.args
     sums = MetricSums()
@@ -304,9 +308,6 @@ def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs, 
             distance = torch.where(batch.mask, old - sampled, 0.0).abs()
             metrics["sampler_difference"] = copo.sum_and_count(distance, batch.mask)
             metrics["sampler_difference_max"] = (distance.max(), batch.mask.any())
-        for suffix in suffixes:
-            for name in ("clip_fraction_local", "clip_fraction_global"):
-                metrics[f"{name}_{suffix}"] = metrics[name]
         sums.add(metrics)
     lr = args.lr * min(1.0, (run.state.updates + 1) / max(args.warmup_updates, 1))
     with run.clock("optimizer"):
@@ -397,7 +398,6 @@ def warm_start(run):
     args = run.args
     state = run.state
     indices = sorted(run.solutions)
-    started = time.perf_counter()
     sums = MetricSums()
     for step in progress_bar(range(state.sft_step, args.sft_steps), "warm start", unit="update"):
         # Here and not at the end: the checkpoint of the last step has the next phase's optimiser.
@@ -409,9 +409,8 @@ def warm_start(run):
         sft_minibatch(run, pairs, sums)
         state.sft_step += 1
         if state.sft_step % 50 == 0 or state.sft_step == args.sft_steps:
-            seconds = time.perf_counter() - started
             loss = sums.means().get("loss", math.nan)
-            print0(f"warm    {state.sft_step}/{args.sft_steps}  loss {loss:.3f}  {seconds:.0f} s")
+            print0(f"warm    {state.sft_step}/{args.sft_steps}  loss {loss:.3f}")
             sums = MetricSums()
     # From here on counters, and the warm-up of the learning rate, are reinforcement learning's.
     state.updates = 0
@@ -488,32 +487,32 @@ def collate(chunks, pairs, device):
     if not chunks:  # an empty micro-batch: one token that predicts nothing
         chunks = [Chunk([0], 1)]
         pairs = {0: ([0], [])}
-    rows = list(itertools.chain.from_iterable(chunk.rows for chunk in chunks))
-    lengths = torch.tensor([len(pairs[row][1]) for row in rows])
     tokens = []  # (id, row of the micro-batch, position in this row) of each of the N
     padded = []  # of each row, which of them it holds
     predictions = []  # (which of them predicts, token id that it predicts)
+    rows = []
+    lengths = []
 
-    def run(ids, position):
+    def run_tokens(ids, position):
         """Append tokens of the row to come; returns which of the N they are."""
         first = len(tokens)
-        for offset, token_id in enumerate(ids):
-            tokens.append((token_id, len(padded), position + offset))
+        tokens.extend((token_id, len(rows), position + i) for i, token_id in enumerate(ids))
         return list(range(first, len(tokens)))
 
     for chunk in chunks:
         prompt, _ = pairs[chunk.rows[0]]
-        shared = run(prompt, 0)
+        shared = run_tokens(prompt, 0)
         for row in chunk.rows:
             _, response = pairs[row]
-            row_tokens = shared + run(response[:-1], len(prompt))
-            padded.append(torch.tensor(row_tokens))
+            row_tokens = shared + run_tokens(response[:-1], len(prompt))
             predictions += zip(row_tokens[len(prompt) - 1 :], response)
+            padded.append(torch.tensor(row_tokens))
+            rows.append(row)
+            lengths.append(len(response))
     ids, row_of, positions = torch.tensor(tokens).T.contiguous()
     predictors, targets = torch.tensor(predictions, dtype=torch.long).view(-1, 2).T.contiguous()
     pad_index = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
-    longest = max(1, int(lengths.max()))
-    mask = torch.arange(longest) < lengths[:, None]
+    mask = torch.arange(max(lengths) or 1) < torch.tensor(lengths)[:, None]
     batch = MicroBatch(
         ids=ids,
         positions=positions,
@@ -526,7 +525,7 @@ def collate(chunks, pairs, device):
         rows=torch.tensor(rows),
     )
     if device == "cuda":  # copies from pinned memory do not make the host wait
-        batch = MicroBatch(*(tensor.pin_memory() for tensor in batch))
+        batch = [tensor.pin_memory() for tensor in batch]
     return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
 
@@ -937,26 +936,24 @@ def group_lines(step, rollout, advantages):
     """The step's lines for groups.jsonl: a dict a prompt, in data order."""
     # Six digits are enough to recompute every formula, at a third of the size.
     rounded = copo.Advantages(*(x.mul(1e6).round().div(1e6).tolist() for x in advantages))
-    columns = {
-        "row": [problem.row for problem in rollout.problems],
-        "H": rounded.entropy,
-        "R": rounded.global_rewards,
-        "global_adv": rounded.global_adv,
-        "correct": rollout.correct.int().tolist(),
-        "reward": rounded.rewards,
-        "class": rollout.classes.tolist(),
-        "length": rollout.lengths.tolist(),
-        "finished": rollout.finished.int().tolist(),
-        "weight": rounded.weight,
-        "local_adv": rounded.local_adv,
-    }
-    for i, answers in enumerate(rollout.answers):
-        line = {"step": step} | {name: column[i] for name, column in columns.items()}
-        classes = line["class"]
-        # of each class, the answer of its first response
+    for i, problem in enumerate(rollout.problems):
+        classes = rollout.classes[i].tolist()
         firsts = {label: classes.index(label) for label in sorted(set(classes))}
-        line["answers"] = {str(label): answers[first] for label, first in firsts.items()}
-        yield line
+        yield {
+            "step": step,
+            "row": problem.row,
+            "H": rounded.entropy[i],
+            "R": rounded.global_rewards[i],
+            "global_adv": rounded.global_adv[i],
+            "correct": rollout.correct[i].int().tolist(),
+            "reward": rounded.rewards[i],
+            "class": classes,
+            "length": rollout.lengths[i].tolist(),
+            "finished": rollout.finished[i].int().tolist(),
+            "weight": rounded.weight[i],
+            "local_adv": rounded.local_adv[i],
+            "answers": {str(label): rollout.answers[i][j] for label, j in firsts.items()},
+        }
 
 
 def one_line(text, width):
@@ -985,19 +982,20 @@ def sample_table(step, rollout, advantages):
     return "\n".join(lines)
 
 
-def console_line(m, steps):
-    """One step for a person to read; m are its metrics."""
+def console_line(metrics, steps):
+    """One step for a person to read."""
     phases = []
-    for name, seconds in m.items():
+    for name, seconds in metrics.items():
         if name.startswith("seconds_") and seconds >= 0.05:
             phases.append(f"{name.removeprefix('seconds_')} {seconds:.1f}")
+    nothing = {"loss": 0, "grad_norm": 0, "approx_kl": 0}  # of a step without an update
+    numbers = nothing | {name: value for name, value in metrics.items() if value is not None}
     return (
-        f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  "
-        f"wrong/mixed/right {m['all_wrong']:3.0%}/{m['mixed']:3.0%}/{m['all_right']:3.0%}  "
-        f"H {m['consistency_entropy']:.2f}  w {m['local_weight']:.2f}  loss {m['loss'] or 0:+.3f}  "
-        f"approx_kl {m.get('approx_kl', 0):.4f}  grad {m['grad_norm'] or 0:.2f}  "
-        f"len {m['length_mean']:.0f}  {m['seconds']:.1f} s ({' '.join(phases)})"
-    )
+        "step {step:>3}/{steps}  reward {reward:.3f}  wrong/mixed/right {all_wrong:3.0%}/"
+        "{mixed:3.0%}/{all_right:3.0%}  H {consistency_entropy:.2f}  w {local_weight:.2f}  "
+        "loss {loss:+.3f}  approx_kl {approx_kl:.4f}  grad {grad_norm:.2f}  len {length_mean:.0f}  "
+        "{seconds:.1f} s ({phases})"
+    ).format(**numbers, steps=steps, phases=" ".join(phases))
 
 
 def raise_alarms(metrics, state):
@@ -1242,7 +1240,8 @@ def sync_weights(run):
         for target, source in zip(run.sampler.parameters(), run.model.parameters()):
             if target.shape != source.shape:  # free_sampler gave its memory back
                 target.data = target.new_empty(source.shape)
-            target.copy_(full_tensor(source.detach()))
+            # Cast before it is gathered: half the bytes in bfloat16.
+            target.copy_(full_tensor(source.detach().to(target.dtype)))
 
 
 def free_sampler(run):
@@ -1401,15 +1400,14 @@ def load_state(run):
     parameters = sum(p.numel() for p in run.model.parameters())
     if rank() == 0:
         record_run(run, parameters)
-    updates = args.prompts_per_step // args.minibatch_prompts
     print0(
         f"model   {run.model.source}: {parameters / 1e6:.1f} M parameters, {args.dtype}, "
         f"{args.device}, {world_size()} × {torch.get_num_threads()} threads"
     )
     print0(
-        f"run     {run.directory}: {args.algo} (blend {args.blend}), P {args.prompts_per_step} × "
-        f"G {args.group_size}, {updates} updates a step, lr {args.lr:g}, responses up to "
-        f"{args.max_new_tokens} tokens, steps {run.state.step} to {args.steps}"
+        "run     {run_dir}: {algo} (blend {blend}), P {prompts_per_step} × G {group_size}, "
+        "{minibatch_prompts} prompts an update, lr {lr:g}, responses of at most {max_new_tokens} "
+        "tokens, steps {step} to {steps}".format(**vars(args), step=run.state.step)
     )
 
 
@@ -1471,30 +1469,31 @@ def memory_plan(config, args, ranks):
     with torch.device("meta"):
         model = Transformer(config)
     parameters = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
     layers = config.num_hidden_layers
+    outside = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     wide = 8 if args.dtype == "float64" else 4  # bytes of a number in masters and gradients
     narrow = DTYPES[args.dtype].itemsize  # in the compute type
     masters = 0 if args.cpu_offload else wide * parameters / ranks
     sampler = narrow * parameters
-    # Two blocks, embeddings and head, and the gradients of as much.
-    gathered = (parameters - (layers - 2) * block) * (2 * narrow + wide)
+    # Embeddings, head and two blocks, and the gradients of as much.
+    gathered = (outside + 2 * (parameters - outside) / layers) * (2 * narrow + wide)
     if not is_sharded(args, ranks):
         sampler = gathered = 0
     reference = narrow * parameters / ranks if args.kl_coef else 0
     longest = args.max_prompt_tokens + args.max_new_tokens
     rows = math.ceil(args.prompts_per_step / ranks) * args.group_size
     rows = min(rows, args.rollout_batch or rows)
-    kv_size = config.num_key_value_heads * config.head_dim
-    cache = rows * longest * layers * 2 * kv_size * narrow
-    # A token leaves the inputs of norms, matrices and attention in each layer.
-    size = config.hidden_size
-    in_layer = 4 * size + 4 * config.intermediate_size + 3 * size + 2 * kv_size
-    kept = layers * size + in_layer if args.activation_checkpointing else layers * in_layer
+    kv_size = 2 * config.num_key_value_heads * config.head_dim
+    cache = rows * longest * layers * kv_size * narrow
+    # Each layer keeps of a token the inputs of its norms, its matrices and its attention.
+    in_layer = 7 * config.hidden_size + 4 * config.intermediate_size + kv_size
+    kept = layers * in_layer
+    if args.activation_checkpointing:
+        kept = layers * config.hidden_size + in_layer
     activations = max(args.micro_tokens, longest) * kept * narrow
     always = 3 * masters + reference
     update = masters + (0 if args.free_sampler else sampler)
-    bytes_of = {
+    plan = {
         "masters": masters,
         "gradients": masters,
         "optimiser": 2 * masters,
@@ -1506,7 +1505,7 @@ def memory_plan(config, args, ranks):
         "exact": always + max(update, sampler),
         "total": always + max(update + gathered + activations, sampler + cache),
     }
-    return {name: size / 2**30 for name, size in bytes_of.items()}
+    return {name: size / 2**30 for name, size in plan.items()}
 
 
 def print_plan(args):
@@ -1816,7 +1815,7 @@ def resumed_flags(cli_args):
     run_info = json.loads(path.read_text())
     require(
         run_info.get("format") == FORMAT,
-        f"--run-dir {run_dir} was made by other code: go on with it at commit ce7ac25",
+        f"--run-dir {run_dir} was made by older code; commit ce7ac25 can resume it",
     )
     flags = run_info["flags"]
     for name in MUST_MATCH_ON_RESUME:
@@ -1841,72 +1840,73 @@ def check_flags(args):
     """Refuse flags that cannot work together."""
     compilers = torch.compiler.list_backends(exclude_tags=())
     global_term = has_global_term(copo.BLENDS[args.blend])
-    require(
-        args.dual_clip == 0 or args.dual_clip > 1,
-        f"--dual-clip is {args.dual_clip}; it must be above 1, or 0",
-    )
-    require(args.data or args.plan, "--model needs --data, a file of problems")
-    require(
-        bool(args.problem_field) == bool(args.answer_field),
-        "--problem-field and --answer-field belong together",
-    )
-    require(
-        args.prompts_per_step % args.minibatch_prompts == 0,
-        f"--minibatch-prompts {args.minibatch_prompts} does not divide --prompts-per-step "
-        f"{args.prompts_per_step}",
-    )
-    require(
-        args.overlong_buffer < 1 or args.overlong_buffer <= args.max_new_tokens,
-        f"--overlong-buffer {args.overlong_buffer:g} is more than --max-new-tokens "
-        f"{args.max_new_tokens}",
-    )
-    require(
-        not (args.dynamic_sampling and global_term),
-        f"--dynamic-sampling drops the groups that --blend {args.blend} has its global term for; "
-        "use --blend local",
-    )
-    require(
-        not args.compile or args.compile in compilers,
-        f"--compile {args.compile}: no such backend of torch.compile",
-    )
-    require(
-        args.device == "cpu" or args.plan or torch.cuda.is_available(),
-        "--device cuda: PyTorch sees no such device",
-    )
+    rules = [
+        (
+            args.dual_clip == 0 or args.dual_clip > 1,
+            "--dual-clip is {dual_clip}; it must be above 1, or 0",
+        ),
+        (
+            args.data or args.plan,
+            "--model needs --data, a file of problems",
+        ),
+        (
+            bool(args.problem_field) == bool(args.answer_field),
+            "--problem-field and --answer-field belong together",
+        ),
+        (
+            args.prompts_per_step % args.minibatch_prompts == 0,
+            "--minibatch-prompts {minibatch_prompts} does not divide --prompts-per-step "
+            "{prompts_per_step}",
+        ),
+        (
+            args.overlong_buffer < 1 or args.overlong_buffer <= args.max_new_tokens,
+            "--overlong-buffer {overlong_buffer:g} is more than --max-new-tokens {max_new_tokens}",
+        ),
+        (
+            not (args.dynamic_sampling and global_term),
+            "--dynamic-sampling drops the groups that --blend {blend} has its global term for; use "
+            "--blend local",
+        ),
+        (
+            not args.compile or args.compile in compilers,
+            "--compile {compile}: no such backend of torch.compile",
+        ),
+        (
+            args.device == "cpu" or args.plan or torch.cuda.is_available(),
+            "--device cuda: PyTorch sees no such device",
+        ),
+    ]
+    for holds, message in rules:
+        require(holds, message.format(**vars(args)))
 
 
 def check_idle_flags(args, cli_args):
     """Refuse flags of the command line that change nothing: a mistake in an ablation."""
     blend = copo.BLENDS[args.blend]
-    full_precision = "one process in full precision samples with what it trains"
     evaluation = "eval_every eval_samples eval_problems eval_temperature"
-    # (this holds, why the flags have no effect then, those flags)
-    cases = [
+    idle = [
         (
             not has_global_term(blend),
-            f"--blend {args.blend} has no global term",
             "global_coef consistency_coef",
+            "--blend {blend} has no global term",
         ),
+        (blend.gate is copo.no_response, "advantage", "--blend {blend} has no local term"),
+        (not blend.uses_entropy, "gamma rho", "--blend {blend} does not look at the entropy"),
+        (args.kl_coef == 0, "kl_estimator", "--kl-coef is 0"),
+        (args.overlong_factor == 0, "overlong_buffer", "--overlong-factor is 0"),
+        (not args.dynamic_sampling, "max_rounds", "--dynamic-sampling is off"),
+        (args.sft_steps == 0, "sft_lr sft_batch", "--sft-steps is 0"),
+        (not args.eval_data, evaluation, "there is no --eval-data"),
         (
-            blend.gate is copo.no_response,
-            f"--blend {args.blend} has no local term",
-            "advantage",
+            not is_sharded(args, args.plan),
+            "free_sampler",
+            "one process in full precision samples with what it trains",
         ),
-        (
-            not blend.uses_entropy,
-            f"--blend {args.blend} does not look at the entropy",
-            "gamma rho",
-        ),
-        (args.kl_coef == 0, "--kl-coef is 0", "kl_estimator"),
-        (args.overlong_factor == 0, "--overlong-factor is 0", "overlong_buffer"),
-        (not args.dynamic_sampling, "--dynamic-sampling is off", "max_rounds"),
-        (args.sft_steps == 0, "--sft-steps is 0", "sft_lr sft_batch"),
-        (not is_sharded(args, args.plan), full_precision, "free_sampler"),
-        (not args.eval_data, "there is no --eval-data", evaluation),
     ]
-    for holds, reason, names in cases:
+    for applies, names, reason in idle:
         for name in names.split():
-            require(not (holds and name in cli_args), f"{flag(name)} has no effect: {reason}")
+            why = reason.format(**vars(args))
+            require(not (applies and name in cli_args), f"{flag(name)} has no effect: {why}")
 
 
 # ------------------------------------------------------------------------------------------- Main

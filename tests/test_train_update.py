@@ -133,11 +133,11 @@ def old_of(rollout):
     return logprobs + 0.5 * noise.to(logprobs)
 
 
-def one_update(run, rollout, rows=None, old=None, ref=None, suffixes=()):
+def one_update(run, rollout, rows=None, old=None, ref=None):
     """(gradients, metrics) of one update on these rows."""
     rows = list(range(PROMPTS * GROUP)) if rows is None else rows
     advantages = advantages_of(run, rollout)
-    applied, sums = train.train_minibatch(run, rollout, rows, advantages, old, ref, suffixes)
+    applied, sums = train.train_minibatch(run, rollout, rows, advantages, old, ref)
     assert applied
     return run.optimizer.gradients, sums.means()
 
