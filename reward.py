@@ -13,7 +13,8 @@ thread or the load. Killable workers are the second line of defence.
     is_equivalent("x^2+2x+1", "(x+1)^2") -> True
     answer_classes(["1/2", "0.5", None, "2"]) -> [0, 0, -1, 1]
 
-    python reward.py --audit samples.jsonl    # what the checker made of a file of responses
+    python reward.py --explain 'so $x = 5$' '10/2'    # what was found, how it was read, and why
+    python reward.py --audit samples.jsonl            # what the checker made of many responses
 """
 
 import argparse
@@ -276,6 +277,7 @@ HEDGE = re.compile(
     r" than|or)\b|n't\b|\\[a-z]+\s*$|[-+*/^_=<>×·]\s*$",
     re.I,
 )
+NEGATED = re.compile(r"(?:\bnot|n't|\bnever|\bcannot)(?:\s+be)?\s*[$*]*$")
 # … and in front of it: 3 or 5, 5 \oplus 3.
 CONTINUED = re.compile(
     r"\s*(?:\\|[-+*/^_=<>!×·÷]|(?:or|to|plus|minus|times|over|less|more)\b)", re.I
@@ -333,7 +335,8 @@ def last_answers(pieces: list[Piece], text: str) -> str | None:
     joined = pieces[-1:]
     for piece in reversed(pieces[-MAX_TOKENS:-1]):
         gap = text[piece.end : joined[0].start]
-        if len(gap) > 80 or "\n\n" in gap or not JOIN.fullmatch(gap):
+        new_paragraph = "\n\n" in gap and "(" not in gap
+        if len(gap) > 80 or new_paragraph or not JOIN.fullmatch(gap):
             break
         joined.insert(0, piece)
     contents = [piece.content.strip() for piece in joined]
@@ -403,6 +406,14 @@ def from_formula(text: str) -> str | None:
     return answer
 
 
+def from_number(text: str) -> str | None:
+    """The last number, unless it is negated: "it is not 7"."""
+    match = last_match(NUMBER, text)
+    if not match or NEGATED.search(text, max(0, match.start() - 40), match.start()):
+        return None
+    return match[0].strip()
+
+
 def from_box(text: str) -> str | None:
     return last_answers(find_boxes(text), text)
 
@@ -437,7 +448,7 @@ RULES = {  # in the order of trust: the first rule that finds something decides
     "bold": from_bold,  # what the model itself stresses, if it can be read as an answer
     "letter": from_letter,  # it's (B): only if no number follows
     "formula": from_formula,  # usually the result; two points better than the last number
-    "number": partial(last_group, NUMBER),  # the last number: a guess
+    "number": from_number,  # the last number: a guess
 }
 # What may find an answer in a sentence that stands in a box.
 INNER_RULES = ("label", "final", "hashes", "phrase", "bold", "letter", "formula")
@@ -544,7 +555,7 @@ REWRITES = [
         # a doubled backslash, unless it ends a row
         (r"(?<!\\)\\\\(?=[A-Za-z])(?![\s\S]*\\end)", r"\\"),
         (r"\\(?:left|right)\s*\.|\\[()\[\]](?!\d+(?:pt|em))|\\q?quad", " "),
-        (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
+        (r"(?:\{\s*\})?\^\s*\{?\s*\\circ\s*\}?", "°"),
         (r"°\s*([CF])\b", r'° "\1"'),
         (r"\\mathbb\s*\{?\s*R\s*\}?|(?i:\ball real numbers\b)", "ℝ"),
         (
@@ -578,9 +589,18 @@ REWRITES = [
         (rf"\b(\d{{1,2}})(?:st|nd|rd|th)?(?: of)? ({MONTH})\b", r"\2 \1"),
         (rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)\b", r"\1 \2"),
         (r"\\(?:mathbf|hat|vec|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}?", r" \1_{unit} "),
-        # where k ∈ ℤ, (k ∈ ℤ), for integers k
-        (r"[,;]?\s*\\text\s*\{\s*,?\s*(?:where|for|with|for all|for any|for some)\s*\}", ","),
-        (r",?\s*(?:where|for|with|for all|for any|for some)\s+(?=[a-z]\s*\\in\b)", ", "),
+        # where k ∈ ℤ, (k ∈ ℤ), k is an integer
+        (
+            r"[,;]?\s*(?:\\text\s*\{\s*)?,?\s*(?:where|for|with|for all|for any|for some)\b\s*\}?"
+            r"(?=\s*[a-z]\s*(?:\\in\b|\\text|is))",
+            ", ",
+        ),
+        (r"([a-z])\s*(?:\\text\s*\{\s*)?is an(?:y)? integer\s*\}?$", r"\1 \\in Z"),
+        (
+            r"(?i)\b(one|two|three|four|five|six|seven)-(?=\w*(?:ths?|thirds?|half|halves|quarters?)\b)",
+            r"\1 ",
+        ),
+        (r"(?<=\d)(?:\\[,;: ]|[\s~])*\\(?:Omega|ohm)\b", ' "ohm"'),
         (r"[,;]?\s*\(\s*([a-z]\s*\\in\b[^()]*)\)\s*$", r", \1"),
         (r"%(?=pi\b|[ei]\b)", ""),  # the constants of Maxima
     )
@@ -588,7 +608,7 @@ REWRITES = [
 
 
 # (a) 12, (b) 5
-PART = re.compile(r"(?:^|(?<=[,;.\s}]))\(?\b([a-f1-6])\)\s*[:.]?")
+PART = re.compile(r"(?:^|(?<=[,;.\s}]))(?:\\text\{\s*)?\(?\b([a-f1-6])\)\s*\}?\s*[:.]?")
 
 
 def read_labels(text: str) -> str:
@@ -754,6 +774,7 @@ DIGITS = {
     **{word: f"{value}0" for value, word in enumerate(TENS, 2)},
 }
 COMPOUND_NUMBER = re.compile(rf"\b({'|'.join(TENS)})[- ]({'|'.join(NUMBER_WORDS[1:10])})\b", re.I)
+WORDS = {*str.split("yes no not are sum was but since")}  # no products of letters
 WORD_OPERATORS = {"mod": "\\mod", "modulo": "\\mod", "negative": "-", "minus": "-"}
 MATRICES = ("matrix", "pmatrix", "bmatrix")
 ROWS = str.split("array cases aligned align align* alignat gathered split")
@@ -821,7 +842,7 @@ kPa kPa kilopascal
 am am
 pm pm
 """)
-UNIT_SIGNS = {"^", "/", "*", "2", "3", "{", "}"}
+UNIT_SIGNS = {*"^/*123{}-"}
 
 
 def unit_name(word: str) -> str | None:
@@ -906,7 +927,7 @@ def split_word(word: str, before: Token) -> list[Token]:
     if lower in WORD_OPERATORS:
         return [Token("op", WORD_OPERATORS[lower])]
     after_number = before.kind == "number" or before.text in (")", "}", "/")
-    if before.kind == "text" or lower in ("yes", "no") or (after_number and unit_name(word)):
+    if before.kind == "text" or lower in WORDS or (after_number and unit_name(word)):
         return [Token("text", word)]
     glued = GLUED.match(word)
     if glued:
@@ -1341,6 +1362,8 @@ class Parser:
         while self.kind == "text" or (words and (self.kind == "name" or self.peek in UNIT_SIGNS)):
             if self.peek in ("and", "or") or (self.peek == "}" and "{" not in words):
                 break
+            if self.peek == "-" and words[-1] not in ("^", "{"):
+                break
             words.append(self.next().text)
         units = [word if word in UNIT_SIGNS else unit_name(word) for word in words]
         if None not in units:
@@ -1669,8 +1692,8 @@ def build_set(template, condition):
         if domain != REAL_LINE:
             conditions.insert(0, Relation((template, domain), ("∈",)))
     is_variable = isinstance(template, Leaf) and template.expr.is_Symbol
-    if is_variable and len(conditions) == 1:
-        return condition
+    if is_variable and len(conditions) == 1:  # the name of the variable does not count
+        return (is_condition(condition) and denoted_value(condition)) or condition
     return Seq("builder", (template, Seq("list", tuple(conditions))))
 
 
@@ -1757,13 +1780,14 @@ def share_modulus(values: list) -> None:
 
 def total(values: list) -> Leaf | None:
     """1 hour and 30 minutes as minutes; None for other lists."""
-    if not all(isinstance(value, Leaf) and value.unit in BASE_UNITS for value in values):
+    if not all(isinstance(value, Leaf) and value.unit for value in values):
         return None
-    bases = {BASE_UNITS[value.unit][0] for value in values}
-    if len(bases) > 1 or len({value.unit for value in values}) < len(values) or bases == {""}:
+    in_base = [in_base_unit(value) for value in values]
+    bases = {value.unit for value in in_base}
+    if len(bases) > 1 or len({value.unit for value in values}) < len(values):
         return None
-    sizes = [multiply(value.expr, BASE_UNITS[value.unit][1]) for value in values]
-    return Leaf(add(*sizes), any(value.approximate for value in values), *bases)
+    approximate = any(value.approximate for value in values)
+    return Leaf(add(*(value.expr for value in in_base)), approximate, *bases)
 
 
 def find_partners(tokens: list[Token]) -> dict[int, int]:
@@ -1844,7 +1868,7 @@ def count_leaves(value, depth: int = 0) -> int:
         inside = value.items
     if not inside:
         return 1
-    if depth == 4:
+    if depth == 6:
         return MAX_LEAVES + 1
     return sum(count_leaves(item, depth + 1) for item in inside)
 
@@ -2190,17 +2214,55 @@ def proportional(x, y, positive: bool) -> bool:
 
 
 # -- compare: values -------------------------------------------------------------------------------
-# kind                     equal when                                       not equal
-# numbers                  exactly; a decimal to a relative 1e-6            0.33 and 1/3
-# expressions              the same values at fixed points                  x and X; √(x²) and x
-# percent, degrees, units  5% is 5 or 0.05; 50 cents are $0.50              5 cm and 5 m
-# x = 5, a = b = 5         as 5; both named: the same name                  x = 5 and y = 5
-# other equations          left - right are proportional                    x = y and |x| = |y|
-# inequalities             the same variable and intervals; or proportional x < 1 and x <= 1
-# intervals, unions        the same ends and brackets; unions in any order  (0,1) and [0,1]
-# tuples, matrices         entry by entry, in order                         (1,2) and (2,1)
-# sets, bare lists         in any order; a bare list also as a tuple        {1,2} and {1,2,3}
-# words, unparsed          the same text                                    5 + and 5
+# What counts as equal: a kind of answer, its rule, and examples. The tests run the examples, and
+# docs/checker.md is made from them.
+EQUALITY = r"""
+numbers: exactly the same; a decimal to a relative 1e-6
+    1/2 == 0.5 == 50\% == \frac{2}{4}    0.33 != 1/3    1{,}234 == 1234    10^{20}+1 != 10^{20}
+    1-e^{-100} != 1    10¹² == 10^{12}    101_2 == 5    0.1\overline{6} == 1/6
+number words: with the words that change a value
+    \text{two thirds} == 2/3    5\text{ dozen} == 60    5\text{ tenths} != 5    \text{not }7 != 7
+expressions: the same values at fixed points, of all sizes and signs where a root or |…| needs them
+    x^2+2x+1 == (x+1)^2    |x-5| != 5-x    \sqrt{x^2} != x    \ln x^2 == 2\ln x    x != X
+under floors and factorials: the variables are integers
+    \lfloor n/2 \rfloor == \lceil (n-1)/2 \rceil    \lfloor n/3 \rfloor != \lfloor n/4 \rfloor
+percent, degrees, units: a side may lack its unit; other units must agree, and some are converted
+    5\text{ cm} == 5    5\text{ cm} != 5\text{ m}    50\text{ cents} == \$0.50    5\,\mathrm{N} == 5
+    180^\circ == \pi    1\text{ hour and }30\text{ minutes} == 90\text{ min}
+times of day: where a side says am or pm, or where the reference is h:mm
+    4:20 PM == 16:20    4:20 PM != 6:30 PM    1:2 == 2:4
+names: x = 5 is 5; two names must agree; an equation between constants must hold
+    x=5 == 5    x=5 != y=5    |AB|=5 == 5    \frac ab=\frac34 == 3/4    2+3=5 == 5    3=5 != 5
+equations: left - right are proportional
+    y=2x+1 == 2x-y+1=0    x=y != y=2x
+congruences: the same modulus, and remainders that agree by it
+    x\equiv 5\pmod 7 == x\equiv 12\pmod{7}    n\equiv 1\pmod 4 != n\equiv 1\pmod 8
+inequalities: the same numbers; "and" is not "or"
+    1<x<2 == (1,2)    x>2\text{ and }x<5 == 2<x<5    x>2\text{ or }x<5 != 2<x<5    x<1 != x\le 1
+intervals and unions: the same ends and brackets; unions in any order
+    (0,1) != [0,1]    x\ne 1 == \mathbb R\setminus\{1\}
+    (-\infty,1)\cup(2,\infty) == x<1\text{ or }x>2
+tuples, vectors, matrices: entry by entry, in order
+    (1,2) != (2,1)    (1,2) != \{1,2\}    \begin{pmatrix}1\\2\end{pmatrix} == \mathbf i+2\mathbf j
+ratios: two terms are a quotient; more are proportional
+    2:3 == 4/6    1:2:3 == 2:4:6    1:2:3 != 1:3:2
+sets: in any order, repeated or not
+    \{1,2\} == \{2,1,1\}    \{1,2\} != \{1,2,3\}
+sets with a template: the bound variable may have any name
+    \{3k\mid k\in\mathbb Z\} == \{3n:n\in\mathbb Z\}
+    \{3k\mid k\in\mathbb Z\} != \{2k\mid k\in\mathbb Z\}
+    \{x\mid x>0\} == (0,\infty)    k\pi,\ k\in\mathbb Z == k\pi
+bare lists: in any order, each value as often, with the same labels
+    1,2 == 2,1    1,1,2 != 1,2,2    \pm 3 == 3,-3    1,3,5,\ldots != 1,3,5    (a) 12, (b) 5 == 12, 5
+    \angle A=3,\angle B=6 != \angle A=6,\angle B=3    A(1,2),B(3,4) != A(3,4),B(1,2)
+systems and cases: the equations as a list; the cases in any order
+    \begin{cases}x=3\\y=-1\end{cases} == x=3,y=-1
+    \begin{cases}x&x>0\\0&x<0\end{cases} == \begin{cases}0,&\text{if }x<0\\x,&\text{if }x>0\end{cases}
+choices: the letter, or what stands behind it
+    (C) 15 == C    (C) 15 == 15    A != a
+words, and what is not in the grammar: the same text
+    \text{The triangle is isosceles} == isosceles    \text{east} != \text{west}    5+ != 5
+"""
 UNORDERED = ("set", "list", "union", "and", "or")
 FAMILIES = ("builder", "family")
 UNIT_VECTORS = [Symbol(f"{name}_unit") for name in "ijk"]
@@ -2270,11 +2332,15 @@ def equal_leaves(left: Leaf, right: Leaf) -> bool:
         return True
     if left.unit == right.unit:
         return False
-    left_base, left_size = BASE_UNITS.get(left.unit, (left.unit, Integer(1)))
-    right_base, right_size = BASE_UNITS.get(right.unit, (right.unit, Integer(1)))
-    left_value = multiply(left.expr, left_size)
-    right_value = multiply(right.expr, right_size)
-    return left_base == right_base and equal_exprs(left_value, right_value, approximate)
+    left = in_base_unit(left)
+    right = in_base_unit(right)
+    return left.unit == right.unit and equal_exprs(left.expr, right.expr, approximate)
+
+
+def in_base_unit(leaf: Leaf) -> Leaf:
+    """5 cm -> 1/20 m; 5% -> 1/20."""
+    unit, size = BASE_UNITS.get(leaf.unit, (leaf.unit, Integer(1)))
+    return leaf._replace(unit=unit, expr=multiply(leaf.expr, size))
 
 
 def equal_remainders(left: Leaf, right: Leaf) -> bool:
@@ -2507,8 +2573,18 @@ def rename(value, names: dict[str, str]):
 
 CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(am|pm)?", re.I)
 OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s*(\S.*)", re.S)
-# A binary operator, or a product without a sign.
-CALCULATED = re.compile(r"[\d)}](?:[+-]|\*(?!10\^)|\()")
+# What a value looks like: a sign; an integer, a decimal, one fraction or mixed number, a number
+# times a power of ten, a power; a unit.
+VALUE = re.compile(
+    r"[-+]?(?:dollar)?(?:"
+    r"(?P<mixed>\d+(?:\s+|\s*\\[dt]?frac\s?)[\d{}/\s]+)"
+    r"|(?:\d+(?:\.\d*(?:\\(?:overline|bar|dot)\{\d+\})?)?|\.\d+)(?:e[+-]?\d+)?(?:\*10\^\{?-?\d+\}?)?"
+    r"|\d+(?:\.\d+)?/\d+(?:\.\d+)?"
+    r"|\\frac(?:\{[-+]?[\d.]+\}|\d)(?:\{[-+]?[\d.]+\}|\d)"
+    r"|(?P<power>\d+\^\{?\d+\}?)"
+    r")(?:°|%|°?(?!squared|cubed|factorial|.*pi)[A-Za-z]{2,}(?:[/*][A-Za-z]+)*(?:\^\{?-?\d\}?)?"
+    r"|°?[mgshLNJWVACFKT](?:[/*][A-Za-z]+)*(?:\^\{?-?\d\}?)?)?"
+)
 
 
 class Clock(NamedTuple):
@@ -2583,27 +2659,35 @@ def equal_parsed(one: Parsed, other: Parsed) -> bool:
     return False
 
 
-def is_unevaluated(answer: str) -> bool:
-    """Whether there is something left to calculate: 3+2, 2(5), 10/2/1; not in -5, 10/2, 25^{1/2},
-    3 × 10^5, 3+2 = 5."""
+def is_value(answer: str, value: Rational) -> bool:
+    """Whether nothing is left to calculate: -5, 10/2, 1 4/5, 3 × 10^5, 3+2 = 5. Not 3+2, 5!, 52_8,
+    {12}34; not 2^10 nor √25, which are shorter as 1024 and 5."""
     text = parse(answer).text.rpartition("=")[2]
-    return bool(CALCULATED.search(text)) or len(re.findall("[/:]|frac", text)) > 1
+    for opening, closing in (("(", ")"), ("{", "}"), (r"\{", r"\}")):
+        if text.startswith(opening) and text.endswith(closing):
+            text = text[len(opening) : -len(closing)]
+    match = VALUE.fullmatch(text)
+    if match and match["mixed"]:
+        mixed = MIXED_NUMBER.fullmatch(match["mixed"])
+        return bool(mixed) and int(mixed[2]) < int(mixed[3])  # 12 34/1 is a product
+    return bool(match) and not (match["power"] and bits(value) < 4 * len(match["power"]))
 
 
 def is_equivalent(answer: str, reference: str, require_value: bool = False) -> bool:
     """Whether two answers are equal by the table above: "3+2" is "5". With `require_value`, where
-    the reference is a rational number, an answer with something left to calculate is wrong: a sign,
-    one fraction, mixed number, root, power or 3 × 10^5 is a value, 3+2 is not (a policy would
-    answer "3+2=" with the question)."""
+    the reference is a rational number, an answer that is not its spelling must be a value, too, see
+    is_value (a policy would answer "3+2=" with the question)."""
     if not isinstance(answer, str) or not isinstance(reference, str):
         return False
     answer = reference_answer(answer)
     reference = reference_answer(reference)
     if not answer or not reference:
         return False
-    if require_value and is_rational(parse(reference).value) and is_unevaluated(answer):
-        return False
-    return bool(compare(answer, reference))
+    left = parse(answer)
+    right = parse(reference)
+    if require_value and is_rational(right.value) and left.text != right.text:
+        return is_value(answer, right.value.expr) and compare(answer, reference)
+    return compare(answer, reference)
 
 
 # -- grade -----------------------------------------------------------------------------------------
@@ -2629,8 +2713,17 @@ def grade(
     problem: its text. require_value: see is_equivalent. in_thought: the prompt ended in an open
     thought, so a response that never closes it has no answer."""
     answer = extract_answer(response, in_thought)
-    correct = answer is not None and is_equivalent(answer, reference, require_value)
+    correct = answer is not None and (
+        is_equivalent(answer, reference, require_value) or is_choice(answer, reference, problem)
+    )
     return Grade(answer, correct, reward=float(correct))
+
+
+def is_choice(answer: str, reference: str, problem: str) -> bool:
+    """c for C, where the reference is a letter and the problem offers choices."""
+    offered = all(re.search(rf"\({letter}\)|\b{letter}[.):]", problem) for letter in "AB")
+    letter = parse(answer).text.strip("()").upper()
+    return offered and letter in set("ABCDEFGHIJ") and letter == reference.strip(" ().$")
 
 
 def score(response: str, reference: str, require_value: bool = False) -> float:
@@ -2661,6 +2754,60 @@ def explain(response: str, reference: str, require_value: bool = False) -> Expla
         parsed = parse(reference_answer(answer))
         why = "wrong" if parsed.value is not None else f"unparsed answer: {parsed.why}"
     return Explanation(correct, answer, rule, why)
+
+
+def describe(value) -> str:
+    """How an answer was read: "1 < x <= 2", "set(1, 2)", "5 cm"."""
+    if isinstance(value, Leaf):
+        modulus = "" if value.modulus is None else f"(mod {value.modulus})"
+        return f"{value.expr} {value.unit} {modulus}".strip()
+    if isinstance(value, Relation):
+        sides = [describe(side) for side in value.sides]
+        return sides[0] + "".join(f" {op} {side}" for op, side in zip(value.ops, sides[1:]))
+    if isinstance(value, Seq):
+        return f"{value.kind}({', '.join(map(describe, value.items))})"
+    return f"words: {value}"
+
+
+def difference(left: Parsed, right: Parsed) -> str:
+    """Why two answers are equal, or are not."""
+    if left.text == right.text:
+        return "the same spelling"
+    if equal_parsed(left, right):
+        return "the same value"
+    for parsed in (left, right):
+        if parsed.value is None:
+            return f"only the same text is equal to {parsed.text}: {parsed.why}"
+    one, other = (unwrap_singleton(parsed.value) for parsed in (left, right))
+    if type(one) is not type(other) or not isinstance(one, Leaf):
+        return "see docs/checker.md for what is equal to such answers"
+    if one.unit != other.unit and one.unit and other.unit:
+        return "other units"
+    with LOCK:
+        precision = choose_precision(one.expr, other.expr)
+        for point in choose_points(one.expr, other.expr):
+            if equal_at(one.expr, other.expr, point, precision, approximate=False) is False:
+                values = [value_at(leaf.expr, point, precision).value for leaf in (one, other)]
+                names = sorted(symbols_of(one) + symbols_of(other))
+                place = [f"{name} = {NUMBERS.nstr(point.value(name), 5)}" for name in names]
+                shown = " and ".join(NUMBERS.nstr(value, 12) for value in values)
+                return f"{shown} at {', '.join(dict.fromkeys(place)) or 'their values'}"
+    return "their values could not be compared"
+
+
+def print_explanation(response: str, reference: str) -> None:
+    """What --explain says, in printable characters."""
+    correct, answer, rule, why = explain(response, reference)
+    lines = [f"{'correct' if correct else 'wrong'} ({why})", f"answer     {answer} (rule: {rule})"]
+    if answer is not None:
+        left = parse(reference_answer(answer))
+        right = parse(reference_answer(reference))
+        for name, parsed in (("read as", left), ("reference", right)):
+            read = f"text ({parsed.why})" if parsed.value is None else describe(parsed.value)
+            lines.append(f"{name:10} {read}")
+        lines.append(f"because    {difference(left, right)}")
+    for line in lines:
+        print(line.encode("unicode_escape").decode().replace(r"\\", "\\"))
 
 
 def answer_classes(answers: list[str | None]) -> list[int]:
@@ -2978,6 +3125,11 @@ class Verifier(contextlib.AbstractContextManager):
             self.jobs.put((futures[-1], job))
         return [future.result() for future in futures]
 
+    def self_consistent(self, references) -> list[bool]:
+        """Whether each reference equals itself in a box: no response could earn another."""
+        responses = [[f"\\boxed{{{reference}}}"] for reference in references]
+        return [group.correct[0] for group in self.grade_groups(responses, references)]
+
     def serve(self) -> None:
         """The life of a thread: jobs from the queue, for its own worker."""
         worker = Worker(self)
@@ -3118,13 +3270,19 @@ def main(argv: list[str] | None = None) -> None:
         serve_requests(int(pipe), int(parent), float(timeout), int(memory_mb), reward)
         return
     parser = argparse.ArgumentParser(description="Check answers of models.")
-    parser.add_argument(
-        "--audit",
-        metavar="FILE",
-        required=True,
-        help="JSONL with response and reference in each line",
+    commands = parser.add_mutually_exclusive_group(required=True)
+    commands.add_argument("--audit", metavar="FILE", help="JSONL of response and reference")
+    commands.add_argument(
+        "--explain",
+        metavar=("RESPONSE", "REFERENCE"),
+        nargs=2,
+        help="the answer found, how both are read, and why they are equal or not",
     )
-    audit(parser.parse_args(argv).audit)
+    args = parser.parse_args(argv)
+    if args.explain:
+        print_explanation(*args.explain)
+    else:
+        audit(args.audit)
 
 
 if __name__ == "__main__":

@@ -664,9 +664,6 @@ VALUES = [
     r"\frac{10}{2}",
     "x=5",
     "3+2=5",
-    r"\sqrt{25}",
-    r"25^{1/2}",
-    "5^1",
     r"0.5\times10^1",
     "(5)",
     r"\{5\}",
@@ -674,7 +671,10 @@ VALUES = [
     "$5$",
     "500%",
 ]
-EXPRESSIONS = [
+EXPRESSIONS = [  # the first three are shorter as 5
+    r"\sqrt{25}",
+    r"25^{1/2}",
+    "5^1",
     "3+2",
     "5=3+2",
     "7-2",
@@ -732,6 +732,23 @@ def test_classes():
     assert reward.answer_classes(["50", "0.5", "50%"]) == [0, 0, 0] and reward.answer_classes(
         ["50", "0.5"]
     ) == [0, 1]
+
+
+def test_explain_says_how_both_sides_were_read(capsys):
+    for response, reference, parts in (
+        (r"so \boxed{|x-5|}", "5-x", ["wrong", "box", "Abs(x - 5)", "x = "]),
+        ("so $x=5$", "10/2", ["correct", "formula", "x = 5", "the same value"]),
+        (r"\boxed{5+}", "5", ["wrong", "text (ends too early)"]),
+        (r"\boxed{(1,2]}", r"\{1,2\}", ["wrong", "(](1, 2)", "set(1, 2)", "docs/checker.md"]),
+        (r"\boxed{5\text{ cm}}", r"5\text{ m}", ["wrong", "5 cm", "5 m", "other units"]),
+        ("I do not know", "5", ["wrong (no answer)", "none"]),
+        ("\x1b[2J \\boxed{\ud800}", "5", ["wrong", "\\ud800"]),
+    ):
+        reward.main(["--explain", response, reference])
+        said = capsys.readouterr().out
+        assert said.isascii() and all(part in said for part in parts), said
+    with pytest.raises(SystemExit):
+        reward.main(["--explain", "5"])
 
 
 def write(path, *lines):
