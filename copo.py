@@ -126,7 +126,7 @@ def ebpo_advantage(rewards, correct, scale):
     group_means = rewards.mean(dim=1)
     # S = (s²/G) / (s²/G + τ²): s² the mean variance within a group, τ² the variance of the means
     within = sample_variance(rewards).mean() / rewards.shape[1]
-    between = sample_variance(group_means[None, :]).sum()
+    between = sample_variance(group_means[None, :])[0]
     total = within + between
     shrinkage = torch.where(total > 0, within / total, 0.0)
     # A^l_ij = r_ij − [(1 − S) mean_j r_ij + S mean r], then over its std in the step
@@ -277,7 +277,7 @@ def token_ratio(logprobs, old_logprobs, mask):
 
 def sequence_ratio(logprobs, old_logprobs, mask):
     # log q_bt = clamp(1/|o_b| Σ_t (logp_bt − old_logp_bt), ±20), one for all tokens of row b
-    #                                                             (GSPO, arXiv 2507.18071, eq. 7)
+    #                                                                    (GSPO, arXiv 2507.18071)
     difference = torch.where(mask, logprobs - old_logprobs, 0.0)
     lengths = mask.sum(dim=1, keepdim=True)
     log_ratio = difference.sum(dim=1, keepdim=True) / lengths.clamp(min=1)
