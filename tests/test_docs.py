@@ -7,7 +7,7 @@ stale. Everything runs in a copy of the repository in a temporary folder.
 
 Every command is run, unless a comment behind it says how long it took, or LONG does or says why it
 cannot be run here. Those are not run, but their flags must be known. Commands that need runs
-(runs/lab/...) get them from a model of two layers, so what they print is not compared.
+(runs/small/...) get them from a model of two layers, so what they print is not compared.
 """
 
 import contextlib
@@ -26,7 +26,9 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+import torch
 
+import copo
 import eval as evaluation
 import train
 
@@ -48,6 +50,9 @@ LONG = {
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt -r tests/...": (
         "installs TRL: a minute"
     ),
+    "python3 -m venv .venv": "the installation of the course, with the two commands below it",
+    ".venv/bin/pip install -r requirements.txt matplotlib": "some minutes",
+    ". .venv/bin/activate": "of the environment made above it",
     "python train.py": "the demonstration, as above",
     "python train.py --seed SEED": "the same with seeds 0 to 2",
     "python train.py --reward format.py:grade": (
@@ -141,11 +146,13 @@ def copy(tmp_path_factory):
         kinds = {"copo": {}, "grpo": {"algo": "grpo"}, "group": {"blend": "soft-zero-group"}}
         for seed in (0, 1):
             for name, flags in kinds.items():
-                train.main(runs.argv(flags, seed=seed, run_dir=folder / f"runs/lab/{name}-{seed}"))
+                train.main(
+                    runs.argv(flags, seed=seed, run_dir=folder / f"runs/small/{name}-{seed}")
+                )
         text = "".join(path.read_text() for path in DOCUMENTS)
-        for name in re.findall(r"runs/lab/([\w-]+)/", text):
-            if not (folder / "runs/lab" / name).exists():  # only the shape of its files matters
-                shutil.copytree(folder / "runs/lab/copo-0", folder / "runs/lab" / name)
+        for name in re.findall(r"runs/small/([\w-]+)/", text):
+            if not (folder / "runs/small" / name).exists():  # only the shape of its files matters
+                shutil.copytree(folder / "runs/small/copo-0", folder / "runs/small" / name)
     shim = folder.parent / "bin/python"
     shim.parent.mkdir()
     shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
@@ -178,7 +185,7 @@ def quick_commands():
 
 @pytest.mark.parametrize(("document", "command"), list(quick_commands()))
 def test_quick_commands_run_as_printed(copy, document, command):
-    if "plot" in command:
+    if re.search("--plot|--map|pictures.py", command):
         pytest.importorskip("matplotlib")
     if "runs/study/runs/" in command:  # made by another command, which may be another worker's
         run(copy, "python study/study.py --unpack runs/study/runs")
@@ -223,22 +230,23 @@ def test_every_long_command_is_still_in_a_document():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_flags_of_long_commands_are_known(document, tmp_path):
-    """The shell reads the long commands and its variables; a `python` that only notes its arguments
-    stands for ours."""
+    """The shell reads the long commands, and the file of flags; a `python` that only notes its
+    arguments stands for ours."""
     found = commands(document)
     lines = []
     for command, comment in found.items():
         ours = re.match(r"python (train|eval)|torchrun|for ", command)
         if ours and is_long(command, comment):
             lines.append(command.replace(" …", "").replace("SEED", "0"))
-    variables = [command for command in found if command.startswith("LAB=")]
     note = '#!/bin/bash\nprintf "%s\\0" "$@" >> "$NOTES"; printf "\\n" >> "$NOTES"\n'
     for name in ("python", "torchrun"):
         (tmp_path / name).write_text(note)
         (tmp_path / name).chmod(0o755)
     notes = tmp_path / "notes"
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(notes)}
-    script = "\n".join([*variables, *lines])
+    (tmp_path / "docs").mkdir()
+    shutil.copy(HERE / "docs/small.flags", tmp_path / "docs")
+    script = "\n".join(lines)
     subprocess.run(["bash", "-c", script], check=True, env=environment, cwd=tmp_path)
     noted = notes.read_text().splitlines() if lines else []
     assert len(noted) >= len(lines)
@@ -329,6 +337,65 @@ def test_metrics_page_names_what_runs_log(tmp_path, monkeypatch):
     assert logged["eval"] == table_names("eval.jsonl")
     assert logged["groups"] == table_names("groups.jsonl")
     assert json.loads((plain / "run.json").read_text())["format"] == 2
+
+
+# ------------------------------------------------------------------------------------------- rules
+
+
+def section(path, heading):
+    """The text of a page below the heading that begins with these words, up to the next one."""
+    (body,) = re.findall(
+        rf"^## {re.escape(heading)}.*?\n(.*?)(?=^## |\Z)", path.read_text(), flags=re.S | re.M
+    )
+    return body
+
+
+def first_names(text):
+    """The `names` that begin the rows of the tables of a text, in order."""
+    return re.findall(r"^\| `(\w[\w-]*)`", text, flags=re.M)
+
+
+def test_the_page_of_rules_has_every_rule():
+    page = HERE / "docs/rules.md"
+    tables = {
+        "`--advantage`": copo.ADVANTAGES,
+        "`--ratio`": copo.RATIOS,
+        "`--aggregation`": copo.AGGREGATIONS,
+        "`--kl-estimator`": copo.KL_ESTIMATORS,
+    }
+    for heading, table in tables.items():
+        assert sorted(first_names(section(page, heading))) == sorted(table), heading
+    assert first_names(section(README, "Presets and ablations")) == list(copo.PRESETS)
+
+
+def test_the_page_of_rules_describes_the_blends_as_they_are():
+    """Each blend's gate in words, and whether it looks at the entropy."""
+    gates = {
+        "correct responses": copo.correct_response,
+        "every response": copo.every_response,
+        "groups with a correct response": copo.solved_group,
+        "groups with both verdicts": copo.mixed_group,
+        "no response": copo.no_response,
+    }
+    table = section(HERE / "docs/rules.md", "`--blend`")
+    rows = re.findall(r"^\| `([\w-]+)`[^|]*\| ([^|]+) \| (yes|no) \|", table, flags=re.M)
+    described = {}
+    for name, gate, uses_entropy in rows:
+        described[name] = copo.Blend(uses_entropy == "yes", gates[gate])
+    assert described == copo.BLENDS
+
+
+def test_a_lone_correct_answer_is_pushed_down_as_the_readme_says():
+    correct = torch.tensor([[True, False, False, False, False, False]])
+    entropy = copo.consistency_entropy(correct.long())
+    local_adv = copo.local_advantages(correct)
+    weight = copo.local_weight(entropy, correct, local_adv, "soft-zero", gamma=5.0, rho=1.0)
+    global_adv = torch.tensor([(1 / 6 - 0.5) / 0.4])
+    effective = copo.effective_advantages(local_adv, global_adv, weight)
+    text = section(README, "Three consequences")
+    assert f"H is {entropy[0]:.2f} and w {weight[0, 0]:.2f}" in text
+    assert f"A = {effective[0, 0]:.2f}".replace("-", "−") in text
+    assert f"{local_adv[0, 0]:+.2f}" in text
 
 
 # ------------------------------------------------------------------------------------------- links
