@@ -75,7 +75,8 @@ def workload(vocab, prompts, group_size, shortest, longest, seed):
 def generate(model, prompts, group_size, lengths, cache):
     """transformers' side: left-padded prompts; each row stops at its drawn length and at nothing
     else."""
-    wanted = torch.tensor(lengths)
+    device = model.device
+    wanted = torch.tensor(lengths, device=device)
     width = max(map(len, prompts))
 
     class Drawn(StoppingCriteria):
@@ -90,8 +91,8 @@ def generate(model, prompts, group_size, lengths, cache):
         options = {"cache_implementation": "static", "disable_compile": True}
     model.generation_config.eos_token_id = None
     out = model.generate(
-        torch.tensor(ids),
-        attention_mask=torch.tensor(mask),
+        torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(mask, device=device),
         do_sample=True,
         temperature=1.0,
         top_k=0,
@@ -115,13 +116,13 @@ def best_of(run, clock, repeats=5):
     return min(seconds)
 
 
-def machine(dtype, clock):
-    """Memory bandwidth in bytes/s (reading 512 MiB) and matmul rate in flop/s (2,048³), each the
+def machine(dtype, clock, device="cpu", size=2048):
+    """Memory bandwidth in bytes/s (reading 512 MiB) and matmul rate in flop/s (size³), each the
     best of several."""
-    block = torch.ones(2**27)
-    square = torch.randn(2048, 2048).to(dtype)
+    block = torch.ones(2**27, device=device)
+    square = torch.randn(size, size, device=device).to(dtype)
     bandwidth = block.nbytes / best_of(block.sum, clock)
-    return bandwidth, 2 * 2048**3 / best_of(lambda: square @ square, clock)
+    return bandwidth, 2 * size**3 / best_of(lambda: square @ square, clock)
 
 
 def bound(config, dtype, prompts, group_size, lengths, bandwidth, rate):

@@ -255,8 +255,25 @@ def attention_kernel(q, k, masked, grouped):
     return "math"
 
 
+def cuda_stubs(gpu):
+    """(object, attribute, what takes its place) of torch.cuda."""
+    return [
+        (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "set_device", lambda device: None),
+        (torch.cuda, "empty_cache", lambda: None),
+        (torch.cuda, "synchronize", lambda *_: gpu.wait("synchronize")),
+        (torch.cuda, "mem_get_info", lambda *_: (80 * GIB, 80 * GIB)),
+        (torch.cuda, "max_memory_allocated", lambda *_: GIB),
+        (torch.cuda, "reset_peak_memory_stats", lambda *_: None),
+        (torch.cuda, "get_device_name", lambda *_: "a pretended GPU"),
+        (torch.cuda, "Event", lambda **_: Event(gpu)),
+    ]
+
+
 def replacements(gpu):
-    """(object, attribute, what takes its place) of everything beyond single operations."""
+    """The same of everything else that is more than single operations."""
     attention = F.scaled_dot_product_attention
     rms_norm = F.rms_norm
     to = torch.Tensor.to
@@ -322,17 +339,6 @@ def replacements(gpu):
         (torch, "tensor", pretended_tensor),
         (torch, "as_tensor", pretended_as_tensor),
         (checkpoint_files, "_OverlappingCpuLoader", serial_loader),
-        (torch.cuda, "_lazy_init", lambda: None),
-        (torch.cuda, "is_available", lambda: True),
-        (torch.cuda, "device_count", lambda: 1),
-        (torch.cuda, "set_device", lambda device: None),
-        (torch.cuda, "empty_cache", lambda: None),
-        (torch.cuda, "synchronize", lambda *_: gpu.wait("synchronize")),
-        (torch.cuda, "mem_get_info", lambda *_: (80 * GIB, 80 * GIB)),
-        (torch.cuda, "max_memory_allocated", lambda *_: GIB),
-        (torch.cuda, "reset_peak_memory_stats", lambda *_: None),
-        (torch.cuda, "get_device_name", lambda *_: "a pretended GPU"),
-        (torch.cuda, "Event", lambda **_: Event(gpu)),
     ]
 
 
@@ -359,7 +365,7 @@ def pretended_gpu():
     only_cpu = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # or torch.tensor would build on another device
     with contextlib.ExitStack() as stack:
-        for owner, name, new in replacements(gpu):
+        for owner, name, new in cuda_stubs(gpu) + replacements(gpu):
             stack.enter_context(mock.patch.object(owner, name, new))
         stack.enter_context(mock.patch.object(PretendedTensor, "gpu", gpu))
         stack.callback(torch._C._set_only_lift_cpu_tensors, only_cpu)

@@ -5,9 +5,14 @@ attention takes an efficient kernel. Each test says what happened before it was 
 """
 
 import json
+import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import gpu_check
 import pytest
 import torch
 from pretended_gpu import PretendedTensor, pretended_gpu
@@ -364,3 +369,35 @@ def test_attention_kernels_are_those_of_pytorch():
     assert attend(torch.float32, is_causal=True) == ("math", 0)
     assert attend(torch.float32, kv_heads=4, is_causal=True) == ("efficient", 0)
     assert attend(torch.float64, kv_heads=4, is_causal=True) == ("math", 0)
+
+
+def test_the_script_for_a_real_gpu_is_in_order(tmp_path):
+    """gpu_check.py will be run on borrowed minutes, when there is no time to mend it."""
+    script, report = Path(__file__).with_name("gpu_check.py"), tmp_path / "report.json"
+    command = [sys.executable, script, "--device", "cpu", "--quick", "--json", report]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    steps = json.loads(report.read_text())["steps"]
+    assert len(steps) == 10 and all(entry["ok"] for entry in steps.values())
+    assert steps["resume"]["figures"]["killed"] and steps["samples"]["figures"]["tokens"] > 100
+
+
+def test_a_failing_step_of_that_script_does_not_end_the_others(monkeypatch, tmp_path, capsys):
+    """Errors, time-outs and processes that die stand in the table, and the exit code is 1."""
+    steps = {
+        "error": lambda args: 1 / 0,
+        "endless": lambda args: time.sleep(60),
+        "dead": lambda args: os._exit(9),
+        "fine": lambda args: {"figure": 1.25},
+    }
+    monkeypatch.setattr(gpu_check, "STEPS", steps)
+    command = ["gpu_check.py", "--device", "cpu", "--timeout", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "report.json")])
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main()
+    found = json.loads((tmp_path / "report.json").read_text())["steps"]
+    assert end.value.code == 1 and [found[name]["ok"] for name in steps] == [False] * 3 + [True]
+    assert found["error"]["error"] == "ZeroDivisionError: division by zero"
+    assert found["endless"]["error"] == "no end after 1 s"
+    assert found["dead"]["error"] == "the process ended with code 9"
+    assert found["fine"]["figures"] == {"figure": 1.25} and "fine" in capsys.readouterr().out

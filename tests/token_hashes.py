@@ -1,4 +1,5 @@
-"""Hashes of what the sampler draws in float64, in many settings: a later sampler must draw the same.
+"""Hashes of what the sampler draws in float64, in many settings: a later sampler must draw the
+same.
 
     python tests/token_hashes.py /path/to/checkout > tests/token_hashes.json
 
