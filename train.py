@@ -1520,12 +1520,12 @@ def print_plan(args):
 def check_memory(config, args):
     """Refuse what cannot fit; warn of what may not, since the estimates are rough."""
     plan = memory_plan(config, args, world_size())
-    there, free = device_memory(args.device)
+    total, free = device_memory(args.device)
     see = f"--plan {world_size()} shows what for"
     require(
-        plan["exact"] <= there,
+        plan["exact"] <= total,
         f"weights, gradients and optimiser need {plan['exact']:.1f} GiB on each rank, which has "
-        f"{there:.1f}: use more ranks, --cpu-offload or a smaller model; {see}",
+        f"{total:.1f}: use more ranks, --cpu-offload or a smaller model; {see}",
     )
     if plan["total"] > 0.9 * free:
         print0(
@@ -1538,11 +1538,11 @@ def check_memory(config, args):
 def device_memory(device):
     """GiB that a rank has, and how much of it is free. Ranks share the memory of their machine."""
     if device == "cuda":
-        free, there = torch.cuda.mem_get_info()
+        free, total = torch.cuda.mem_get_info()
     else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        there = free = there / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return there / 2**30, free / 2**30
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = free = total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return total / 2**30, free / 2**30
 
 
 # ------------------------------------------------------------------------------------------ Flags
@@ -1632,7 +1632,10 @@ def build_parser():
     add = parser.add_argument_group("model").add_argument
     add("--model", help="Hugging Face directory or Hub id (default: data/tiny, random weights)")
     add(
-        "--dtype", choices=DTYPES, default="float32", help="compute type; masters are float32 or 64"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="compute type; master weights are float32 or float64",
     )
     add(
         "--device",
@@ -1642,16 +1645,26 @@ def build_parser():
     )
     add("--system", help="system message of the chat template (default: the template's own)")
     add("--instruction", help="text after every problem")
-    add("--stop", action="append", default=[], metavar="TOKEN", help="ends a response; repeatable")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="one more token that ends a response; repeatable",
+    )
     add = parser.add_argument_group("data").add_argument
     add("--data", help="problems: JSONL or parquet, a local file or hf://datasets/OWNER/NAME/FILE")
     add("--eval-data", help="held-out problems, likewise (without: no evaluation)")
+    add("--problem-field", help="field of the problem, a.b for b within a (default: known shapes)")
     add(
-        "--problem-field",
-        help="field of the problem, a dot for one within another (default: known)",
+        "--answer-field",
+        help="field of the answer, likewise; held-out files may have a known shape too",
     )
-    add("--answer-field", help="field of the answer; the held-out file may also have a known shape")
-    add("--data-fraction", type=number_in(float, "(0, 1]"), help="part of the problems, by --seed")
+    add(
+        "--data-fraction",
+        type=number_in(float, "(0, 1]"),
+        help="train on this part of the problems, drawn by --seed (default: all)",
+    )
     add("--max-prompt-tokens", type=count, help="problems with longer prompts are dropped")
     add = parser.add_argument_group("rollout").add_argument
     add("--prompts-per-step", type=at_least_two, help="P, prompts sampled in a step")
@@ -1663,12 +1676,24 @@ def build_parser():
     add = parser.add_argument_group("grading").add_argument
     add("--reward", metavar="FILE.py:FUNCTION", help="your own grader, called like reward.grade")
     add("--verifier-workers", type=count, default=2, help="processes that grade responses")
-    add("--verifier-timeout", type=positive, default=10.0, help="last resort for one, in seconds")
-    add("--verifier-memory", type=number_in(int, "[64, inf)"), default=1024, help="of each, in MiB")
+    add(
+        "--verifier-timeout",
+        type=positive,
+        default=10.0,
+        help="last resort for one response, in seconds",
+    )
+    add(
+        "--verifier-memory",
+        type=number_in(int, "[64, inf)"),
+        default=1024,
+        help="limit of each of these processes, in MiB",
+    )
     add_algorithm_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--minibatch-prompts", type=count, help="prompts of one optimiser update; divides P")
-    add("--micro-tokens", type=count, help="tokens of one forward pass, at least one response's")
+    add(
+        "--micro-tokens", type=count, help="tokens of one forward pass, shared prompts counted once"
+    )
     add(
         "--old-logprobs",
         choices=["recompute", "sampler"],
@@ -1676,15 +1701,28 @@ def build_parser():
         "(default: sampler, but recompute in bfloat16)",
     )
     add("--lr", type=positive, help="learning rate of AdamW")
-    add("--warmup-updates", type=whole, help="updates over which it rises to --lr (0 = disabled)")
+    add(
+        "--warmup-updates",
+        type=whole,
+        help="updates over which the rate rises to --lr (0 = disabled)",
+    )
     add("--beta1", type=decay, default=0.9, help="AdamW's decay of the gradient's mean")
     add("--beta2", type=decay, help="AdamW's decay of the gradient's square")
     add("--weight-decay", type=not_negative, default=0.01, help="on matrices only (0 = disabled)")
-    add("--max-grad-norm", type=not_negative, default=1.0, help="gradient clipping (0 = disabled)")
+    add(
+        "--max-grad-norm",
+        type=not_negative,
+        default=1.0,
+        help="gradients are scaled down to this norm (0 = disabled)",
+    )
     add = parser.add_argument_group("supervised warm start, on the data's solutions").add_argument
     add("--sft-steps", type=whole, help="updates before reinforcement learning (0 = disabled)")
     add("--sft-batch", type=count, help="solutions in one update")
-    add("--sft-lr", type=positive, help="peak; rises over 5 %% of the steps, then falls to 5 %%")
+    add(
+        "--sft-lr",
+        type=positive,
+        help="peak learning rate; rises over 5 %% of the steps, then falls to 5 %%",
+    )
     add = parser.add_argument_group("run").add_argument
     add("--steps", type=whole, help="steps of reinforcement learning, with those before a resume")
     add("--seed", type=whole, default=0, help="of data order, updates, noise and random weights")
@@ -1704,14 +1742,41 @@ def build_parser():
     add("--export-every", type=whole, default=0, help="steps between exports (0 = only at the end)")
     add("--export-dtype", choices=DTYPES, help="of exported weights (default: the source's)")
     add = parser.add_argument_group("ranks and memory").add_argument
-    add("--timeout", type=positive, default=600.0, help="seconds that a rank waits for another")
     add(
-        "--activation-checkpointing", action=yes_no, default=False, help="recompute layers backward"
+        "--timeout",
+        type=positive,
+        default=600.0,
+        help="seconds that a rank waits for another before it gives up",
     )
-    add("--cpu-offload", action=yes_no, default=False, help="masters and optimiser in host memory")
-    add("--free-sampler", action=yes_no, default=False, help="drop the sampling copy for updates")
-    add("--compile", metavar="BACKEND", help="torch.compile for the layers, such as inductor")
-    add("--plan", type=count, metavar="RANKS", help="print the memory of each rank, and exit")
+    add(
+        "--activation-checkpointing",
+        action=yes_no,
+        default=False,
+        help="keep one activation a layer and compute the others again",
+    )
+    add(
+        "--cpu-offload",
+        action=yes_no,
+        default=False,
+        help="masters, gradients and optimiser in the host's memory",
+    )
+    add(
+        "--free-sampler",
+        action=yes_no,
+        default=False,
+        help="give the sampling copy's memory back for the updates",
+    )
+    add(
+        "--compile",
+        metavar="BACKEND",
+        help="torch.compile for the layers that are trained, such as inductor",
+    )
+    add(
+        "--plan",
+        type=count,
+        metavar="RANKS",
+        help="print the memory that each of so many ranks needs, and exit",
+    )
     return parser
 
 
