@@ -105,7 +105,7 @@ def draw_group_table(axes, groups, advantages):
     """One rule's table -> the image, for its colours. advantages (P,G)."""
     from matplotlib.patches import Rectangle
 
-    image = axes.imshow(advantages, aspect="auto", **COLORS)
+    image = axes.imshow(advantages.numpy(), aspect="auto", **COLORS)
     for row, group in enumerate(groups):
         for column, verdict in enumerate(group["correct"]):
             value = advantages[row, column].item()

@@ -54,7 +54,6 @@ LONG = {
     ".venv/bin/pip install -r requirements.txt matplotlib": "some minutes",
     ". .venv/bin/activate": "of the environment made above it",
     "python train.py": "the demonstration, as above",
-    "python train.py --seed SEED": "the same with seeds 0 to 2",
     "python train.py --reward format.py:grade": (
         "the demonstration with another reward; a test below trains a tiny model with it"
     ),
@@ -102,7 +101,7 @@ def commands(path):
     for language, body in blocks(text):
         if language == "bash":
             lines += re.sub(r"\\\n\s*", "", body).splitlines()
-    prose = FENCE.sub("", text).replace("\n", " ")
+    prose = re.sub(r"<!--.*?-->", "", FENCE.sub("", text), flags=re.S).replace("\n", " ")
     lines += re.findall(r"`((?:python \w|torchrun )[^`]*\.py[^`]*)`", prose)
     found = {}
     for line in lines:
