@@ -397,6 +397,33 @@ def test_a_lone_correct_answer_is_pushed_down_as_the_readme_says():
     assert f"{local_adv[0, 0]:+.2f}" in text
 
 
+def effective(answers, prompt, preset):
+    """H of one prompt (from 1) of a batch written as copo.ANSWERS, and A of its first response."""
+    classes = torch.tensor([[ord(answer) for answer in row] for row in answers])
+    correct = classes == ord("A")
+    algorithm = copo.PRESETS[preset]
+    result = copo.compute_advantages(correct, correct, classes, None, algorithm, None)
+    return result.entropy[prompt - 1].item(), result.effective[prompt - 1, 0].item()
+
+
+def test_answers_about_the_worked_batch():
+    """Answers 3 and 4 of the course, on the batch as the questions change it."""
+    answers = section(HERE / "docs/course.md", "Answers").replace("\n   ", "")
+    third, fourth = re.findall(r"^[34]\. (.*)$", answers, flags=re.M)
+    before = list(copo.ANSWERS)
+    assert before[5] == "bbbccd" and before[3] == "Abcdef"
+    changed = [*before[:5], "ebbccd", *before[6:]]
+    for batch, place in ((before, "from"), (changed, "to")):
+        entropy, value = effective(batch, 6, "copo-paper")
+        assert f"{place} {entropy:.3f}" in third
+        assert f"{place} {value:.3f}".replace("-", "−") in third
+        for preset in ("grpo", "copo", "copo-group"):
+            assert effective(batch, 6, preset)[1] == effective(before, 6, preset)[1]
+    lone = [*before[:3], "Abbbbb", *before[4:]]
+    for preset in ("grpo", "copo", "copo-group", "copo-paper"):
+        assert f"{effective(lone, 4, preset)[1]:+.3f}".replace("-", "−") in fourth
+
+
 # ------------------------------------------------------------------------------------------- links
 
 
