@@ -40,7 +40,6 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import Future
-from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import chain, pairwise
 from typing import NamedTuple
@@ -96,7 +95,7 @@ def same_text(problem: str) -> str:
     return " ".join(problem.casefold().split())
 
 
-def download(path: str) -> str:
+def download(path):
     """The local copy of hf://datasets/OWNER/NAME[@REVISION]/FILE, which huggingface_hub keeps."""
     place = HUB_FILE.fullmatch(path)
     if not place:
@@ -142,14 +141,14 @@ def read_rows(path):
     return read_jsonl(path, file)
 
 
-def field_of(line, name: str):
+def field_of(line, name):
     """line["a"]["b"] for the name "a.b", or MISSING."""
     for part in name.split("."):
         line = line.get(part, MISSING) if isinstance(line, dict) else MISSING
     return line
 
 
-def find_shape(line: dict, shapes, place: str) -> tuple:
+def find_shape(line, shapes, place):
     """The first shape whose problem and answer the line has."""
     for shape in shapes:
         if MISSING not in (field_of(line, shape[0]), field_of(line, shape[1])):
@@ -162,7 +161,7 @@ def find_shape(line: dict, shapes, place: str) -> tuple:
     return shapes[0]  # named by the user; read_problem says what is missing
 
 
-def read_problem(line: dict, row: int, shape: tuple, place: str) -> Problem:
+def read_problem(line, row, shape, place):
     """The problem in a line, its answer as it stands. Fields are refused by file and line."""
     problem, answer, solution = (field_of(line, name) for name in shape)
     if isinstance(problem, list) and len(problem) == 1:
@@ -198,7 +197,7 @@ def load_problems(
     empty or over the checker's limits, which no response could earn, and repeated problems."""
     dropped = Counter() if dropped is None else dropped
     problems = []
-    answers: dict[str, str] = {}  # of the problems kept, by same_text
+    answers = {}  # of the problems kept, by same_text
     shape = None
     for row, line in read_rows(path):
         place = f"{path}:{row + 1}"
@@ -226,7 +225,7 @@ def load_problems(
     return problems
 
 
-def draw_part(problems: list, fraction: float, seed: int) -> list:
+def draw_part(problems, fraction, seed):
     """Each problem gets a random key and the smallest keys are in: a larger part of the same seed
     holds each smaller one."""
     draw = random.Random(seed)
@@ -292,7 +291,7 @@ class Piece(NamedTuple):
     content: str
 
 
-def after_thinking(text: str, in_thought: bool = False) -> str | None:
+def after_thinking(text, in_thought=False):
     """The reply after the last </think>; None while a thought is open, which the prompt may have
     opened (in_thought)."""
     closed = text.rfind("</think>")
@@ -303,8 +302,8 @@ def after_thinking(text: str, in_thought: bool = False) -> str | None:
 
 def find_boxes(text: str) -> list[Piece]:
     r"""Every complete outermost box: those of 2 and 3 in "\boxed{\frac12}, \boxed 3, \boxed{4"."""
-    boxes: list[Piece] = []
-    opened: list[tuple[int, int] | None] = []  # a box's start and content's start; None: a brace
+    boxes = []
+    opened = []  # a box's start and content's start; None: a brace
     for token in BOX.finditer(text):
         if token["bare"]:
             boxes.append(Piece(token.start(), token.end(), token["bare"]))
@@ -323,13 +322,13 @@ def find_boxes(text: str) -> list[Piece]:
     return [box for box in boxes if box.content.strip()]
 
 
-def find_formulas(text: str) -> list[Piece]:
+def find_formulas(text):
     r"""Each $…$, $$…$$, \(…\), \[…\]; a lone dollar is money: "$5, then $x=2$" has "x=2"."""
     found = (match for match in FORMULA.finditer(text) if match.lastindex)
     return [Piece(*match.span(), match[match.lastindex]) for match in found]
 
 
-def last_answers(pieces: list[Piece], text: str) -> str | None:
+def last_answers(pieces, text):
     r"""The last piece and those that only "and" or a comma joins to it: "\boxed1. \boxed2 and
     \boxed3" -> "2, 3"."""
     joined = pieces[-1:]
@@ -345,16 +344,16 @@ def last_answers(pieces: list[Piece], text: str) -> str | None:
     return ", ".join(contents) or None
 
 
-def is_readable(text: str | None) -> bool:
+def is_readable(text):
     r"""True for mathematics: "3 apples", "\frac12"; not for "red" or "3 +"."""
     return bool(text) and not isinstance(parse(text).value, str | None)
 
 
-def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
+def last_match(pattern, text):
     return max(pattern.finditer(text), key=re.Match.start, default=None)
 
 
-def from_clause(pattern: re.Pattern, text: str) -> str | None:
+def from_clause(pattern, text):
     """What follows "Answer:" or "the answer is": " **12 apples**. I hope" -> "12 apples"; " for
     sure D, as" -> "D"."""
     match = last_match(pattern, text)
@@ -380,14 +379,14 @@ def from_clause(pattern: re.Pattern, text: str) -> str | None:
     return sentence if 0 < len(sentence.split()) <= 5 else None
 
 
-def from_bold(text: str) -> str | None:
+def from_bold(text):
     """The last bold piece if it is mathematics: "**Note**: it is **92**" -> "92"."""
     bold = last_match(BOLD, text)
     content = bold[1].strip(" .") if bold else None
     return content if is_readable(content) else None
 
 
-def from_letter(text: str) -> str | None:
+def from_letter(text):
     """A choice in prose, if no number follows: "It's not A, so I think it's B" -> "B"."""
     match = last_match(LETTER, text)
     if not match or re.search(r"[\d$]", text[match.end() :]):
@@ -395,7 +394,7 @@ def from_letter(text: str) -> str | None:
     return match[1] or match[2]
 
 
-def from_formula(text: str) -> str | None:
+def from_formula(text):
     """The last formula, if it is readable and no number follows one that is a mere symbol."""
     formulas = find_formulas(text)
     answer = last_answers(formulas, text)
@@ -406,7 +405,7 @@ def from_formula(text: str) -> str | None:
     return answer
 
 
-def from_number(text: str) -> str | None:
+def from_number(text):
     """The last number, unless it is negated: "it is not 7"."""
     match = last_match(NUMBER, text)
     if not match or NEGATED.search(text, max(0, match.start() - 40), match.start()):
@@ -414,22 +413,22 @@ def from_number(text: str) -> str | None:
     return match[0].strip()
 
 
-def from_box(text: str) -> str | None:
+def from_box(text):
     return last_answers(find_boxes(text), text)
 
 
-def last_group(pattern: re.Pattern, text: str) -> str | None:
+def last_group(pattern, text):
     """What the pattern's group holds where it matches last."""
     match = last_match(pattern, text)
     return match[match.lastindex or 0].strip() if match else None
 
 
-def clause(pattern: str):
+def clause(pattern):
     """A rule: what follows the last match of this pattern."""
     return partial(from_clause, re.compile(pattern, re.I))
 
 
-def last(pattern: str):
+def last(pattern):
     """A rule: the group of the last match of this pattern."""
     return partial(last_group, re.compile(pattern, re.S))
 
@@ -505,30 +504,59 @@ GREEK = str.split(
 )
 
 
-def greek_letter(name: str) -> str:
+def greek_letter(name):
     """The letter of a LaTeX name: "alpha" -> "α"."""
     size = "SMALL" if name.islower() else "CAPITAL"
     return unicodedata.lookup(f"GREEK {size} LETTER {name.upper().replace('LAMB', 'LAM')}")
 
 
+def read_table(text):
+    """Lines of our spelling and those of others -> {each of the others: ours}."""
+    lines = map(str.split, text.strip().splitlines())
+    return {spelling: ours for ours, *spellings in lines for spelling in spellings}
+
+
+# Our spelling of each sign. Words get a space on both sides.
+SIGNS = {
+    **read_table(r"""
+- − – — ‐ ‑ ⁃ ﹣
+* × · ⋅ ∙ ∗
+/ ÷ ∕ ⁄
+<= ≤ ⩽
+>= ≥ ⩾
+!= ≠
+~ ≈
+\$ € £ ¥ ₹
+' ’ ′
+° º
+. 。
+, 、
+( ⟨
+) ⟩
+inf ∞
+pi π
+cents ¢
+\sqrt √
+\cup ∪
+\setminus ∖
+\emptyset ∅
+\mathbb{R} ℝ
+\mathbb{Z} ℤ
+\mathbb{N} ℕ
+\pm ±
+\angle ∠
+\equiv ≡
+\lfloor ⌊
+\rfloor ⌋
+\lceil ⌈
+\rceil ⌉
+"""),
+    **{greek_letter(name): f"\\{name}" for name in GREEK},
+    **{sign: unicodedata.normalize("NFKC", sign) for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
+}
 SIGNS = str.maketrans(
-    {
-        **{greek_letter(name): f"\\{name} " for name in GREEK},
-        **{sign: f" {unicodedata.normalize('NFKC', sign)}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
-        **dict.fromkeys("−–—‐‑⁃﹣", "-"),
-        **dict.fromkeys("×·⋅∙∗", "*"),
-        **dict.fromkeys("÷∕⁄", "/"),
-        **dict.fromkeys("≤⩽", "<="),
-        **dict.fromkeys("≥⩾", ">="),
-        **dict.fromkeys("€£¥₹", r"\$"),
-        **dict.fromkeys("’′", "'"),
-        **dict.fromkeys("\u200b\ufeff", ""),
-        **{"≠": "!=", "≈": "~", '"': " ", "∞": " inf ", "π": " pi ", "√": r"\sqrt "},
-        **{"∪": r"\cup ", "∖": r"\setminus ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"},
-        **{"±": r"\pm ", "∠": r"\angle ", "º": "°", "¢": " cents", "。": ".", "、": ","},
-        **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "},
-        **{"⟨": "(", "⟩": ")", "≡": r"\equiv ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}"},
-    }
+    {sign: f" {new} " if len(new) > 2 or new == "pi" else new for sign, new in SIGNS.items()}
+    | {'"': " ", "\u200b": "", "\ufeff": ""}
 )
 # Runs of raised and lowered signs: 10¹², x₁, 101₂.
 RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
@@ -541,92 +569,73 @@ EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3}){2,}|-?\d{1,3}(?:\.\d{3})+,\d+")
 TEXT = re.compile(
     r"\\(?:text|mbox|hbox|mathrm|mathsf|mathbf|operatorname)(?:bf|it|rm|normal|tt)?\s*\{([^{}]*)\}"
 )
-# A remark in brackets behind an answer: 25 (attained at x = 5).
-REMARK = (
-    r"(?<=[\d})a-z])\s*(?:\\[,;: ]\s*|~)*(?:\\(?:text|mbox)\s*\{\s*)?\((?:which is )?(?:attained|achieved|reached|"
-    r"occur\w*|obtained|when|at|since|because|where|as|by|double root)\b.*\)\s*\}?\s*$"
-)
-MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
+# What other spellings mean in ours: "pattern ==> replacement", in this order; no replacement: a space.
+REWRITES = r"""
+# the parts (a) 12, (b) 5 or (1) 12; (2) 5
+^\W*(?:text\{)?\(?\b[a1]\)[}\s]*(.+?)[,;.\s]+(?:\\text\{\s*)?\(?\b[b2]\)[}\s]*(.+)$ ==> \1, \2
+^(.+, .+?)[,;.\s]+(?:\\text\{\s*)?\(?\b[c3]\)[}\s]*(.+)$ ==> \1, \2
+# a remark behind an answer: 25 (attained at x = 5)
+\\(?:text|mbox)\s*\{\s*(?=\((?:which|attained|achieved|reached|when|at|since|where|as|by)\b) ==>
+(?<=[\d})a-z])\s*\((?:which is )?(?:attained|achieved|reached|occurs|obtained)\b.*\)\s*\}?\s*$ ==>
+(?<=[\d})a-z])\s*\((?:when|at|since|because|where|as|by|double root)\b.*\)\s*\}?\s*$ ==>
+# dots; 0.333... and 0.1(6) repeat, 3.14159... is rounded
+(\.\s?){3,} ==> \\ldots
+(?<=[.\d])(\d)\1{1,30}\s?\\[cl]?dots ==> \\overline{\1}
+(\d\.\d+)\s?\\[cl]?dots\s*$ ==> \1
+(\d*\.\d*)\((\d+)\) ==> \1\\overline{\2}
+# a doubled backslash, unless it ends a row
+(?<!\\)\\\\(?=[A-Za-z])(?![\s\S]*\\end) ==> \\
+\\(?:left|right)\s*\.|\\[()\[\]](?!\d+(?:pt|em))|\\q?quad ==>
+(?:\{\s*\})?\^\s*\{?\s*\\circ\s*\}? ==> °
+°\s*([CF])\b ==> °"\1"
+\\mathbb\s*\{?\s*R\s*\}?|(?i:\ball real numbers\b) ==> ℝ
+(?:\\text\s*\{\s*)?ℝ,?\s*except\s*(?:for)?\s*\}?\s*(?:[a-z]\s*=)?\s*([^{}]+)$ ==> ℝ\\setminus\\{\1\\}
+# 1.5 x 10^3, (0,1) U (2,3), x in (0,1), log2(8), option B, 3 square feet, 10:45 a.m.
+(?<=\d)\s*[xX]\s*(?=10\s?\^) ==> *
+(?<=[)\]}])\s*U\s*(?=[(\[\\]) ==> \\cup
+(?<!\\)\bin\b(?=\s*[(\[{\\]) ==> ∈
+\blog(\d+)\( ==> log_{\1}(
+(?i:^\W{0,3}(?:option|choice)\s+)(?=\W?[A-J]\W?$) ==>
+\b(?:square|sq\.?) ([A-Za-z]+) ==> \1^2
+(?i:\b([ap])\.m\b\.?) ==> \1m
+# 3{:}45, 1{.}234, {10 \choose 3}, x^2_1, \color{red}
+\{\s*([:.])\s*\} ==> \1
+\{\s*([^{}\\]+)\\choose\b\s*([^{}\\]+)\} ==> \\binom{\1}{\2}
+([A-Za-z])\^(\w|\{[^{}]*\})\s*_(\w|\{[^{}]*\}) ==> \1_\3^\2
+\\(?:text)?color\s*\{[^{}]*\} ==>
+# rows: \left\{ that \right. closes; a comma or point at the end
+\\left\s*\\\{\s*(?=\\begin) ==>
+[.,;]\s*(?=\\\\(?!\w)|\\end\b|&) ==>
+# (1010)_2, 1010_{\text{two}}
+\((\d+)\)\s*_ ==> \1_
+_\s*\{\s*\\text\s*\{\s*(\w+)\s*\}\s*\} ==> _{\1}
+_\{?two\}? ==> _2
+_\{?eight\}? ==> _8
+_\{?ten\}? ==> _{10}
+# 3 to 4; is congruent to; 14 March; two-thirds; bold unit vectors; ohms; constants of Maxima
+^(\W{0,9}\d+)\s*(?:\\text\{)?\s*(?:is )?to\s*\}?\s*(\d+\W{0,3})$ ==> \1:\2
+(?i:\bis congruent to\b) ==> \\equiv
+\b(\d\d?)(?:st|nd|rd|th)?(?: of)? ((?:Jan|Febr)uary|March|April|May|June|July|August)\b ==> \2 \1
+\b(\d\d?)(?:st|nd|rd|th)?(?: of)? ((?:Septem|Octo|Novem|Decem)ber)\b ==> \2 \1
+((?:uary|March|April|May|June|July|August|ber)) (\d\d?)(?:st|nd|rd|th)\b ==> \1 \2
+(?i)\b(one|two|three|four|five|six|seven)-(\w*(?:ths?|thirds?|half|halves|quarters?))\b ==> \1 \2
+\\(?:mathbf|hat|vec|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}? ==> \1_{unit}
+(?<=\d)(?:\\[,;: ]|[\s~])*\\(?:Omega|ohm)\b ==> "ohm"
+%(?=pi\b|[ei]\b) ==>
+# families: where k ∈ ℤ; k is an integer; (k ∈ ℤ)
+[,;]?\s*(?:\\text\s*\{\s*)?,?\s*(?:where|for|with)\b\s*\}?(?=\s*[a-z]\s*(?:\\in\b|\\text|is)) ==> ,
+[,;]?\s*(?:\\text\s*\{\s*)?,?\s*for (?:all|any|some)\b\s*\}?(?=\s*[a-z]\s*\\in\b) ==> ,
+([a-z])\s*(?:\\text\s*\{\s*)?is an(?:y)? integer\s*\}?$ ==> \1 \\in Z
+[,;]?\s*\(\s*([a-z]\s*\\in\b[^()]*)\)\s*$ ==> , \1
+"""
 REWRITES = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (REMARK, ""),
-        (r"(\.\s?){3,}", r"\\ldots "),  # before a decimal's dots are taken off below
-        # a doubled backslash, unless it ends a row
-        (r"(?<!\\)\\\\(?=[A-Za-z])(?![\s\S]*\\end)", r"\\"),
-        (r"\\(?:left|right)\s*\.|\\[()\[\]](?!\d+(?:pt|em))|\\q?quad", " "),
-        (r"(?:\{\s*\})?\^\s*\{?\s*\\circ\s*\}?", "°"),
-        (r"°\s*([CF])\b", r'° "\1"'),
-        (r"\\mathbb\s*\{?\s*R\s*\}?|(?i:\ball real numbers\b)", "ℝ"),
-        (
-            r"(?:\\text\s*\{\s*)?ℝ,?\s*except\s*(?:for|when)?\s*\}?\s*(?:[a-z]\s*=)?\s*([^{}]+)$",
-            r"ℝ \\setminus \\{\1\\}",
-        ),
-        (r"(?<=\d)\s*[xX]\s*(?=10\s?\^)", "*"),  # 1.5 x 10^3
-        (r"(?<=[)\]}])\s*U\s*(?=[(\[\\])", r"\\cup "),
-        (r"(?<!\\)\bin\b(?=\s*[(\[{\\])", " ∈ "),
-        (r"\blog(\d+)\(", r"log_{\1}("),
-        (r"(?i:^\W{0,3}(?:option|choice)\s+)(?=\W?[A-J]\W?$)", ""),
-        (r"\b(?:square|sq\.?) ([A-Za-z]+)", r"\1^2"),  # square feet
-        (r"(?i:\b([ap])\.m\b\.?)", r"\1m"),  # 10:45 a.m.
-        (r"(?<=[.\d])(\d)\1{1,30}\s?\\[cl]?dots", r"\\overline{\1}"),  # 0.333...
-        (r"(\d\.\d+)\s?\\[cl]?dots\s*$", r"\1"),  # 3.14159...
-        (r"(\d*\.\d*)\((\d+)\)", r"\1\\overline{\2}"),  # 0.1(6)
-        (r"\{\s*([:.])\s*\}", r"\1"),  # 3{:}45, 1{.}234
-        (r"\\left\s*\\\{\s*(?=\\begin)", ""),  # closed by \right.
-        (r"[.,;]\s*(?=\\\\(?!\w)|\\end\b|&)", " "),  # at the end of a row or cell
-        (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
-        (r"\{\s*([^{}\\]+)\\choose\b\s*([^{}\\]+)\}", r"\\binom{\1}{\2}"),
-        (r"\((\d+)\)\s*_", r"\1_"),  # (1010)_2
-        (r"([A-Za-z])\^(\w|\{[^{}]*\})\s*_(\w|\{[^{}]*\})", r"\1_\3^\2"),  # x^2_1
-        (r"_\s*\{\s*\\text\s*\{\s*(\w+)\s*\}\s*\}", r"_{\1}"),  # 1010_{\text{two}}
-        (r"_\{?two\}?", "_2"),
-        (r"_\{?eight\}?", "_8"),
-        (r"_\{?ten\}?", "_{10}"),
-        # 3 to 4; the ratio of 3 to 4 is 3 to 4
-        (r"^(\W{0,9}\d+)\s*(?:\\text\{)?\s*(?:is )?to\s*\}?\s*(\d+\W{0,3})$", r"\1:\2"),
-        (r"(?i:\bis congruent to\b)", r"\\equiv "),
-        (rf"\b(\d{{1,2}})(?:st|nd|rd|th)?(?: of)? ({MONTH})\b", r"\2 \1"),
-        (rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)\b", r"\1 \2"),
-        (r"\\(?:mathbf|hat|vec|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}?", r" \1_{unit} "),
-        # where k ∈ ℤ, (k ∈ ℤ), k is an integer
-        (
-            r"[,;]?\s*(?:\\text\s*\{\s*)?,?\s*(?:where|for|with|for all|for any|for some)\b\s*\}?"
-            r"(?=\s*[a-z]\s*(?:\\in\b|\\text|is))",
-            ", ",
-        ),
-        (r"([a-z])\s*(?:\\text\s*\{\s*)?is an(?:y)? integer\s*\}?$", r"\1 \\in Z"),
-        (
-            r"(?i)\b(one|two|three|four|five|six|seven)-(?=\w*(?:ths?|thirds?|half|halves|quarters?)\b)",
-            r"\1 ",
-        ),
-        (r"(?<=\d)(?:\\[,;: ]|[\s~])*\\(?:Omega|ohm)\b", ' "ohm"'),
-        (r"[,;]?\s*\(\s*([a-z]\s*\\in\b[^()]*)\)\s*$", r", \1"),
-        (r"%(?=pi\b|[ei]\b)", ""),  # the constants of Maxima
-    )
+    (re.compile(pattern), new.strip() or " ")
+    for pattern, separator, new in (line.partition(" ==>") for line in REWRITES.splitlines())
+    if separator
 ]
 
 
-# (a) 12, (b) 5
-PART = re.compile(r"(?:^|(?<=[,;.\s}]))(?:\\text\{\s*)?\(?\b([a-f1-6])\)\s*\}?\s*[:.]?")
-
-
-def read_labels(text: str) -> str:
-    """The parts of an answer as a list: "(a) 12, (b) 5" and "(1) 12; (2) 5" -> "12, 5"."""
-    parts = [*PART.finditer(text)]
-    labels = "".join(part[1] for part in parts)
-    if (
-        len(parts) < 2
-        or parts[0].start() > 0
-        or labels not in ("abcdef"[: len(parts)], "123456"[: len(parts)])
-    ):
-        return text
-    ends = [part.start() for part in parts[1:]] + [len(text)]
-    contents = [text[part.end() : end].strip(" ,;.\n") for part, end in zip(parts, ends)]
-    return ", ".join(contents) if all(contents) else text
-
-
-def quote_words(match: re.Match) -> str:
+def quote_words(match):
     r"""\text{ square cm} -> "square" "cm"; a single letter (\text{C}) stays mathematics unless it
     is a unit."""
     return " " + re.sub(r"[A-Za-z]{2,}|[mgshL]|\ba(?= [a-z]{2})", r'"\g<0>"', match[1]) + " "
@@ -639,7 +648,7 @@ UNIT_TEXT = re.compile(
 )
 
 
-def quote_unit(match: re.Match) -> str:
+def quote_unit(match):
     r"""As quote_words, but single letters that are units are quoted, too: "kg" \cdot "m" / "s"."""
     content = match[1] or match[2] or ""
     return " " + re.sub(r"(?<!\\)\b(?:[A-Za-z]{2,}|[NJWVACFKTmgshL])\b", r'"\g<0>"', content) + " "
@@ -654,7 +663,6 @@ def normalise(text: str, thousands: bool = True) -> str:
     text = COMPOUND_NUMBER.sub(
         lambda match: str(int(DIGITS[match[1].lower()]) + int(DIGITS[match[2].lower()])), text
     )
-    text = read_labels(text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     text = UNIT_TEXT.sub(quote_unit, text)
@@ -717,12 +725,6 @@ TOKEN = re.compile(
     r"|(?P<op>\*\*|<=|>=|<>|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈≡])",
     re.S,
 )
-
-
-def read_table(text: str) -> dict[str, str]:
-    """Lines of our spelling and those of others -> {each of the others: ours}."""
-    lines = map(str.split, text.strip().splitlines())
-    return {spelling: ours for ours, *spellings in lines for spelling in spellings}
 
 
 DROPPED = str.split(
@@ -845,7 +847,7 @@ pm pm
 UNIT_SIGNS = {*"^/*123{}-"}
 
 
-def unit_name(word: str) -> str | None:
+def unit_name(word):
     """The unit that a word spells: "Inches" -> "in"; None for other words."""
     word = word if word in UNITS else word.lower()
     singulars = (word, word.removesuffix("s"), word.removesuffix("es"))
@@ -858,7 +860,7 @@ class Unparsed(ValueError):
 
 def tokenise(text: str) -> list[Token]:
     r"""LaTeX and plain maths in one spelling: "\dfrac12\cdot xy" -> \frac 1 2 * x y."""
-    tokens: list[Token] = []
+    tokens = []
     position = 0
     while position < len(text):
         match = TOKEN.match(text, position)
@@ -874,7 +876,7 @@ def tokenise(text: str) -> list[Token]:
     return tokens
 
 
-def read_token(kind: str, value: str, before: Token) -> list[Token]:
+def read_token(kind, value, before):
     """The tokens of one match of TOKEN; `before` is the token before it."""
     if kind == "word":
         return split_word(value, before)
@@ -893,7 +895,7 @@ def read_token(kind: str, value: str, before: Token) -> list[Token]:
     return [Token("op" if kind == "bracket" else kind, value)]
 
 
-def read_quoted(word: str) -> Token:
+def read_quoted(word):
     r"""A word of \text{…}."""
     if word in DIGITS:
         return Token("number", DIGITS[word])
@@ -902,7 +904,7 @@ def read_quoted(word: str) -> Token:
     return Token("name" if word in KNOWN else "text", word)
 
 
-def read_command(name: str) -> list[Token]:
+def read_command(name):
     r"""A LaTeX command: \pi is a name, \cdot an operator, \left nothing, \foo unknown."""
     spelling = SPELLINGS.get(name)
     if spelling is None:
@@ -914,7 +916,7 @@ def read_command(name: str) -> list[Token]:
     return [Token("op", spelling)] if spelling else []
 
 
-def split_word(word: str, before: Token) -> list[Token]:
+def split_word(word, before):
     """A run of letters: a known name, a unit after a number, "sinx", a product of up to three
     letters, or a word."""
     if len(word) == 1 or word in KNOWN:
@@ -964,16 +966,16 @@ class Relation(NamedTuple):
     ops: tuple  # "=", "<", "<=", "!=", "∈"; a chain that begins with > is turned round
 
 
-def is_kind(value, *kinds: str) -> bool:
+def is_kind(value, *kinds: str):
     return isinstance(value, Seq) and value.kind in kinds
 
 
-def is_rational(value) -> bool:
+def is_rational(value):
     expr = value.expr if isinstance(value, Leaf) else value
     return getattr(expr, "is_Rational", False)
 
 
-def bits(value: Rational) -> int:
+def bits(value):
     """The size of a fraction: 7/2 -> 3 + 2."""
     return value.p.bit_length() + value.q.bit_length()
 
@@ -981,7 +983,7 @@ def bits(value: Rational) -> int:
 MIXED_NUMBER = re.compile(r"(\d+)(?:\s+|\s*\\\w*?frac\D*)(\d+?)\D*?(\d+)\}?")
 
 
-def parse_number(text: str) -> Rational:
+def parse_number(text):
     r"""1.50 -> 3/2, .5e3 -> 500, 0.1\overline{6} -> 1/6, 1\frac45 -> 9/5."""
     mixed = MIXED_NUMBER.fullmatch(text)
     if mixed:
@@ -1002,14 +1004,14 @@ def parse_number(text: str) -> Rational:
     return value
 
 
-def number_in_base(digits: str, base: str) -> Integer:
+def number_in_base(digits, base):
     """52 in base 8 -> 42."""
     if base not in map(str, range(2, 11)) or not {*digits} <= {*"0123456789"[: int(base)]}:
         raise Unparsed("not a number in that base")
     return Integer(int(digits, int(base)))
 
 
-def combine(kind, neutral: int, *items):
+def combine(kind, neutral, *items):
     """An inert sum or product whose rational part is computed: 1 + x + 2 -> x + 3."""
     rational = Integer(neutral)
     rest = []
@@ -1084,7 +1086,7 @@ def binomial(n, k):
     return Integer(math.comb(int(n), int(k)))
 
 
-def apply_function(name: str, *values):
+def apply_function(name, *values):
     """A function by its name: ln x, |x|, floor(7/2) -> 3, binomial(5, 2) -> 10."""
     name = FUNCTIONS.get(name, name)
     if len(values) != (2 if name == "binomial" else 1):
@@ -1130,9 +1132,9 @@ LEVELS = {  # how tightly operators bind
     **dict.fromkeys("*/", 2),
     **dict.fromkeys("^!°", 4),
 }
-SCALES = {  # words that change the value of a number before them
-    word: Rational(value)
-    for word, value in read_table("""
+WORD_FUNCTIONS = {  # words that change the value of a number before them
+    word: partial(multiply, Rational(factor))
+    for word, factor in read_table("""
 100 hundred
 1000 thousand
 1000000 million
@@ -1152,7 +1154,11 @@ SCALES = {  # words that change the value of a number before them
 1/1000 thousandth thousandths
 """).items()
 }
-POWER_WORDS = {"squared": Integer(2), "cubed": Integer(3)}
+WORD_FUNCTIONS |= {
+    "squared": lambda value: power(value, Integer(2)),
+    "cubed": lambda value: power(value, Integer(3)),
+    "factorial": factorial,
+}
 REAL_LINE = Seq("()", (Leaf(negate(sympy.oo)), Leaf(sympy.oo)))
 NO_SOLUTION = {
     "no solution",
@@ -1166,7 +1172,7 @@ NO_SOLUTION = {
 class Parser:
     """Recursive descent over the tokens of one answer: "x = 1, 2" -> Relation(x = 1), Leaf(2)."""
 
-    def __init__(self, tokens: list[Token]):
+    def __init__(self, tokens):
         tokens = [token for i, token in enumerate(tokens) if not aligns(tokens, i)]
         self.tokens = [*tokens, *[Token("end", "")] * 3]  # three, for looking ahead
         self.at = 0
@@ -1177,19 +1183,20 @@ class Parser:
         self.unit = ""  # of the leaf being read
         self.rounded = False  # whether that leaf holds a decimal that is no integer
         self.bars = False  # whether | closes something
-        self.bound: dict[str, Integer] = {}  # summation variables
+        self.summed = {}  # summation variables
+        self.bound = []  # variables that may have any name: k in 3k, k ∈ ℤ
 
     @property
-    def peek(self) -> str:
+    def peek(self):
         """The text of the next token."""
         return self.tokens[self.at].text
 
     @property
-    def kind(self) -> str:
+    def kind(self):
         """The kind of the next token."""
         return self.tokens[self.at].kind
 
-    def next(self) -> Token:
+    def next(self):
         self.steps += 1
         if self.kind == "end":
             raise Unparsed("ends too early")
@@ -1198,11 +1205,11 @@ class Parser:
         self.at += 1
         return self.tokens[self.at - 1]
 
-    def accept(self, *texts: str) -> bool:
+    def accept(self, *texts: str):
         """Step over the next token if it is one of these."""
         return self.peek in texts and bool(self.next())
 
-    def expect(self, *texts: str) -> None:
+    def expect(self, *texts: str):
         """Step over these tokens."""
         for text in texts:
             if not self.accept(text):
@@ -1215,14 +1222,14 @@ class Parser:
             raise Unparsed(f"unexpected {self.peek}")
         return self.join(values, 0)
 
-    def join(self, values: list, start: int):
+    def join(self, values, start):
         """One value, or what separates several since the token `start` makes of them."""
         if len(values) == 1:
             return values[0]
         words = {token.text for token in self.tokens[start : self.at]} & {"and", "or"}
         return join_values(values, words.pop() if len(words) == 1 else "")
 
-    def parse_list(self, expand: bool = True) -> list:
+    def parse_list(self, expand=True):
         r"""Values separated by commas, semicolons, "and" or "or". One with ± is read twice:
         1 \pm 2, 5 -> 3, -1, 5. In (1 \pm 2)/3 it is the whole that has two values, so brackets
         other than a set's do not expand it."""
@@ -1252,6 +1259,8 @@ class Parser:
         ops = []
         while self.peek in RELATIONS:
             op = self.next().text
+            if op == "∈":
+                self.bound.append(self.tokens[self.at - 2].text)
             side = self.side()
             if op == "~" and not name_of(sides[-1]):  # 1/3 ≈ 0.33 is 1/3; but x ≈ 11 is x = 11
                 continue
@@ -1268,7 +1277,7 @@ class Parser:
         """One side of a relation: words, or a value."""
         return self.words_ahead() or self.union()
 
-    def words_ahead(self) -> str:
+    def words_ahead(self):
         r"""Step over a side that only names something, before "=": Area, \angle ABC, f(x), P(X=2),
         S_{\triangle A}."""
         start = self.at
@@ -1282,7 +1291,7 @@ class Parser:
         self.at = end
         return "".join(token.text for token in side)
 
-    def is_name(self, side: list[Token], start: int, end: int) -> bool:
+    def is_name(self, side, start, end):
         """Whether the tokens from start to end hold words, or call one letter: P(X=2), f(x)."""
         kinds = {token.kind for token in side}
         if kinds & {"text", "command"} and "number" not in kinds:
@@ -1314,23 +1323,12 @@ class Parser:
         else:
             value = self.expression()
         if isinstance(value, sympy.Expr):
-            value = self.scaled(value)
+            while self.peek in WORD_FUNCTIONS:
+                value = WORD_FUNCTIONS[self.next().text](value)
             self.read_unit(bool(value.free_symbols))
             value = Leaf(value, self.rounded, self.unit, self.modulus())
         self.unit, self.rounded = outer
         return value
-
-    def scaled(self, value):
-        """A value and the words that change it: 2 million, two thirds, 5 squared, 5 factorial."""
-        while True:
-            if self.peek in SCALES:
-                value = multiply(value, SCALES[self.next().text])
-            elif self.peek in POWER_WORDS:
-                value = power(value, POWER_WORDS[self.next().text])
-            elif self.accept("factorial"):
-                value = factorial(value)
-            else:
-                return value
 
     def modulus(self):
         r"""7 in (mod 7), mod 7 and \pmod{7}; None where there is none."""
@@ -1342,10 +1340,10 @@ class Parser:
             self.expect(")")
         return value
 
-    def mod_ahead(self) -> bool:
+    def mod_ahead(self):
         return self.peek == "(" and self.tokens[self.at + 1].text == "\\mod"
 
-    def words(self) -> list[str]:
+    def words(self):
         """Words, and the single letters behind the first of them."""
         words = []
         kinds = ("text",)
@@ -1354,7 +1352,7 @@ class Parser:
             kinds = ("text", "name")
         return words
 
-    def read_unit(self, symbolic: bool) -> None:
+    def read_unit(self, symbolic):
         r"""What follows a number: 33 pct, 5 cm, 3 \text{m/s}^2, 64 ft^2; other words (42 apples)
         are dropped."""
         start = self.at
@@ -1371,7 +1369,7 @@ class Parser:
         elif symbolic or any(token.kind == "name" for token in self.tokens[start : self.at]):
             raise Unparsed("words after a formula")
 
-    def expression(self, level: int = 0):
+    def expression(self, level=0):
         r"""A value and the operators behind it that bind more tightly than `level`: "2x^2 - y" is
         (2 (x^2)) - y. Every recursion of the parser passes here: this is where depth is bounded."""
         self.depth += 1
@@ -1391,19 +1389,19 @@ class Parser:
                 raise Unparsed("two numbers side by side")
             value = self.operate(value, op)
 
-    def value_ahead(self) -> bool:
+    def value_ahead(self):
         """Whether the next token begins a value, so that a product without a sign comes."""
         if self.kind in ("number", "name") or self.peek in PREFIXES:
             return not self.mod_ahead()
         return self.peek == "|" and not self.bars
 
-    def signed(self, level: int):
+    def signed(self, level):
         """A sign and what it stands before; of ± and ∓ the one that self.sign says."""
         sign = {"+": 1, "-": -1, "\\pm": self.sign, "\\mp": -self.sign}[self.next().text]
         value = self.expression(level)
         return scale(value, Integer(-1)) if sign < 0 else value
 
-    def operate(self, left, op: str):
+    def operate(self, left, op):
         r"""`left` with the operator that comes and what follows it; a product may have no sign: 2x,
         2(3), 2\frac12."""
         if op in SIGNS_OF_TERMS:
@@ -1416,7 +1414,7 @@ class Parser:
             self.unit = "deg"
             return left
         if op == "^":  # powers are read from right to left
-            return self.raise_to(left, self.expression(3))
+            return power(as_expr(left), as_expr(self.expression(3)))
         right = self.expression(LEVELS[op])
         if op == ":":
             return self.ratio(left, right)
@@ -1436,14 +1434,11 @@ class Parser:
             left = Seq("ratio", (Leaf(as_expr(left)),))
         return Seq("ratio", (*left.items, Leaf(as_expr(right))))
 
-    def raise_to(self, base, exponent):
-        return power(as_expr(base), as_expr(exponent))
-
     def atom(self):
         """A value without operators: of a fraction, a root …"""
         return as_expr(self.expression(5))
 
-    def read(self, kind: str, text: str):
+    def read(self, kind, text):
         """What begins with this token."""
         if kind == "number":
             return self.number(text)
@@ -1451,25 +1446,18 @@ class Parser:
             return self.function(text) if text in FUNCTIONS else self.symbol(text)
         if text in BRACKETS:
             return self.group(text)
-        if text == "\\frac":
+        if text in ("\\frac", "\\binom"):
             top = self.atom()
-            return divide(top, self.atom())
-        if text == "\\binom":
-            top = self.atom()
-            return binomial(top, self.atom())
+            return (divide if text == "\\frac" else binomial)(top, self.atom())
         if text == "|":
             return self.absolute()
-        if text == "\\emptyset":
-            return Seq("set", ())
-        if text == "ℝ":
-            return REAL_LINE
-        if text == "\\sum":
-            return self.series(add)
-        if text == "\\prod":
-            return self.series(multiply)
+        if text in ("\\emptyset", "ℝ"):
+            return REAL_LINE if text == "ℝ" else Seq("set", ())
+        if text in ("\\sum", "\\prod"):
+            return self.series(add if text == "\\sum" else multiply)
         raise Unparsed(f"{text} is not a value")
 
-    def number(self, text: str):
+    def number(self, text):
         """A number, perhaps with the base it is written in: 101_2."""
         if self.kind == "subscript":
             return number_in_base(text, self.next().text[1:])
@@ -1487,11 +1475,11 @@ class Parser:
         self.bars = outer
         return value
 
-    def symbol(self, name: str):
+    def symbol(self, name):
         """A constant; a variable with its subscript and primes; f(x), g'(2), h^2(x) of an unknown
         function, as text."""
-        if name in self.bound:
-            return self.bound[name]
+        if name in self.summed:
+            return self.summed[name]
         if self.kind == "subscript":
             name += self.next().text
         elif name in CONSTANTS:
@@ -1508,7 +1496,7 @@ class Parser:
         arguments = "".join(token.text for token in self.tokens[start : self.at])
         return power(Symbol(name + arguments), exponent)
 
-    def function(self, name: str):
+    def function(self, name):
         r"""\sin^2 x, \sin^{-1} x, \log_2 8, \sqrt[3]{2}, \sin 30^\circ; sin 2x cos x is
         sin(2x) cos(x)."""
         unit = self.unit
@@ -1532,7 +1520,7 @@ class Parser:
             result = divide(result, apply_function("log", base))
         return result if exponent is None else power(result, exponent)
 
-    def base_or_index(self, name: str):
+    def base_or_index(self, name):
         r"""What stands between a function's name and its argument: 2 in \log_2 8, \sqrt[2]{x}."""
         if name == "log" and self.kind == "subscript":
             return as_expr(Parser(tokenise(self.next().text[1:])).answer())  # log_2, log_{10}
@@ -1542,7 +1530,7 @@ class Parser:
             return self.atom()
         return Integer(10) if name == "lg" else None
 
-    def arguments(self, name: str) -> list:
+    def arguments(self, name):
         """In brackets, or the product that follows: sin 2x."""
         if self.peek in ("(", "{") or name == "sqrt":
             value = self.expression(5)
@@ -1552,14 +1540,14 @@ class Parser:
             value = multiply(value, as_expr(self.expression(3)))
         return [value]
 
-    def factor_ahead(self) -> bool:
+    def factor_ahead(self):
         r"""Whether the argument of a function without brackets goes on: x in sin 2x, \frac in
         sin 2\frac x3."""
         if self.kind in ("number", "name"):
             return self.peek not in FUNCTIONS
         return self.peek in ("\\frac", "{")
 
-    def group(self, opening: str):
+    def group(self, opening):
         """One value in brackets, or several; {x | x > 0} is what stands after the bar."""
         stop = self.partner[self.at - 1]
         closing = self.tokens[stop].text
@@ -1589,15 +1577,19 @@ class Parser:
             return Seq(opening + closing, tuple(items))
         return self.bracketed(items[0])
 
-    def template(self, stop: int):
+    def template(self, stop):
         """In {3k | k ∈ ℤ}, 3k, and step over the bar; None in another set."""
         bars = 0
-        for place in range(self.at, stop):
+        start = self.at
+        for place in range(start, stop):
             text = self.tokens[place].text
             is_bar = text in (":", SUCH_THAT) or (text == "|" and bars % 2 == 0)
             texts = [token.text for token in self.tokens[place:stop]]
-            if is_bar and place > self.at and not RELATIONS.isdisjoint(texts):
+            if is_bar and place > start and not RELATIONS.isdisjoint(texts):
                 self.tokens[place] = Token("op", SUCH_THAT)
+                self.bound += [
+                    token.text for token in self.tokens[start:place] if token.kind == "name"
+                ]
                 template = self.relation()
                 self.expect(SUCH_THAT)
                 return template
@@ -1617,10 +1609,10 @@ class Parser:
         self.rounded = self.rounded or value.approximate
         return value.expr
 
-    def environment(self, closing: str):
+    def environment(self, closing):
         r"""\begin{pmatrix}1&2\\3&4\end{pmatrix} and the like; see value_of_rows."""
         stop = self.partner[self.at - 1]
-        rows: list[list] = [[]]
+        rows = [[]]
         while True:
             if not rows[-1] and "matrix" not in closing:
                 self.accept("&")
@@ -1634,7 +1626,7 @@ class Parser:
         self.expect(closing)
         return value_of_rows(rows, closing)
 
-    def cell(self) -> list:
+    def cell(self):
         """A cell of a matrix, or an equation or condition of a system: "if x > 0"."""
         while self.peek in ("if", "for", "when", "where"):
             self.next()
@@ -1651,23 +1643,23 @@ class Parser:
         if not (low.is_Integer and high.is_Integer and 0 <= high - low < MAX_STEPS):
             raise Unparsed("not a simple sum")
         start = self.at
-        outer = self.bound
+        outer = self.summed
         terms = []
         for k in range(int(low), int(high) + 1):
             self.at = start
-            self.bound = {**outer, variable: Integer(k)}
+            self.summed = {**outer, variable: Integer(k)}
             terms.append(as_expr(self.expression(1)))
-        self.bound = outer
+        self.summed = outer
         return combine_terms(*terms)
 
 
-def aligns(tokens: list[Token], place: int) -> bool:
+def aligns(tokens, place):
     """Whether this is an & that aligns equations: x &= 3."""
     around = {token.text for token in tokens[max(place - 1, 0) : place + 2]}
     return tokens[place].text == "&" and not RELATIONS.isdisjoint(around)
 
 
-def value_of_rows(rows: list[list], closing: str):
+def value_of_rows(rows, closing):
     """A matrix of its rows; one row or column: of its entries. Equations one below the other: a
     list. Rows of a value and its condition: cases."""
     cells = [*chain.from_iterable(rows)]
@@ -1697,14 +1689,14 @@ def build_set(template, condition):
     return Seq("builder", (template, Seq("list", tuple(conditions))))
 
 
-def is_condition(value) -> bool:
+def is_condition(value):
     """An inequality."""
     return isinstance(value, Relation) and not {*value.ops} <= {"=", "∈", "≡"}
 
 
-def join_values(values: list, word: str):
+def join_values(values, word):
     """Several values between which `word` stands: "and", "or"; "" for commas or both."""
-    share_modulus(values)
+    values = share_modulus(values)
     if is_membership(values[-1]):  # 3k, k ∈ ℤ
         count = next(i for i, value in enumerate(values) if is_membership(value))
         if count > 0 and all(map(is_membership, values[count:])):
@@ -1713,50 +1705,29 @@ def join_values(values: list, word: str):
     names = {first_name(value) for value in values if isinstance(value, Relation)}
     relations = all(isinstance(value, Relation) for value in values)
     if word and relations and (len(names) > 1 or any(map(is_condition, values))):
-        both = intersection(values) if word == "and" else None
+        both = chained(values) if word == "and" and all(map(is_condition, values)) else None
         return both or Seq(word, tuple(values))
-    return total(values) or Seq("list", tuple(values))
+    return Seq("list", tuple(values))
 
 
-def intersection(relations: list) -> Seq | None:
-    """The numbers for which all inequalities in one variable hold: x > 2 and x < 5 -> (2,5). None
-    where their ends cannot be compared."""
-    if len({first_name(relation) for relation in relations}) > 1:
+def chained(relations):
+    """2 < x and x < 5 -> 2 < x < 5; x ≠ 1 and x ≠ 2 -> their intervals; None for other conditions."""
+    names = {first_name(relation) for relation in relations}
+    sides = [side for relation in relations for side in relation.sides]
+    ops = [op for relation in relations for op in relation.ops]
+    if len(names) > 1 or "" in names or len(sides) != 2 * len(ops):
         return None
-    pieces = [REAL_LINE]
-    for relation in relations:
-        denoted = denoted_value(relation)
-        if not isinstance(denoted, Seq):
-            return None
-        parts = denoted.items if denoted.kind == "union" else (denoted,)
-        overlaps = [overlap(one, other) for one in pieces for other in parts]
-        if None in overlaps:
-            return None
-        pieces = [piece for piece in overlaps if piece.items]
-    return pieces[0] if len(pieces) == 1 else Seq("union", tuple(pieces))
+    ends = [side for side in sides if not name_of(side)]
+    if {*ops} == {"!="} and all(map(is_rational, ends)):
+        return complement(Seq("set", tuple(ends)))
+    if len(ops) == 2 and {*ops} <= {"<", "<="}:
+        low, high = sorted(relations, key=lambda relation: bool(name_of(relation.sides[0])))
+        if name_of(low.sides[1]) and name_of(high.sides[0]):
+            return Relation((*low.sides, high.sides[1]), low.ops + high.ops)
+    return None
 
 
-def end_of(leaf: Leaf):
-    """The end of an interval as a number; None for one that is not rational."""
-    for end, value in zip(REAL_LINE.items, (-math.inf, math.inf)):
-        if leaf == end:
-            return value
-    return Fraction(leaf.expr.p, leaf.expr.q) if leaf.expr.is_Rational else None
-
-
-def overlap(one: Seq, other: Seq) -> Seq | None:
-    """The interval that is in both, or an empty set; None where the ends cannot be compared."""
-    pairs = [(end_of(seq.items[0]), end_of(seq.items[1]), seq) for seq in (one, other)]
-    if any(None in pair for pair in pairs):
-        return None
-    low, is_open, left = max((low, seq.kind[0] == "(", seq.items[0]) for low, _, seq in pairs)
-    high, is_closed, right = min((high, seq.kind[1] == "]", seq.items[1]) for _, high, seq in pairs)
-    if low > high or (low == high and (is_open or not is_closed)):
-        return Seq("set", ())
-    return Seq(("(" if is_open else "[") + ("]" if is_closed else ")"), (left, right))
-
-
-def is_membership(value) -> bool:
+def is_membership(value):
     """k ∈ ℤ"""
     if not isinstance(value, Relation) or value.ops != ("∈",):
         return False
@@ -1764,36 +1735,23 @@ def is_membership(value) -> bool:
     return isinstance(domain, Leaf) and domain.expr.is_Symbol
 
 
-def share_modulus(values: list) -> None:
+def share_modulus(values):
     """x ≡ 1, 3 (mod 8) is x ≡ 1 (mod 8) and x ≡ 3 (mod 8)."""
     last = values[-1].sides[-1] if isinstance(values[-1], Relation) else values[-1]
     first = values[0]
     if not isinstance(last, Leaf) or last.modulus is None or not isinstance(first, Relation):
-        return
-    for i, value in enumerate(values):
-        if isinstance(value, Leaf):
-            value = Relation((*first.sides[:-1], value), first.ops)
-        if isinstance(value, Relation) and isinstance(value.sides[-1], Leaf):
-            shared = value.sides[-1]._replace(modulus=last.modulus)
-            values[i] = value._replace(sides=(*value.sides[:-1], shared))
+        return values
+    rests = [value.sides[-1] if isinstance(value, Relation) else value for value in values]
+    if not all(isinstance(rest, Leaf) for rest in rests):
+        return values
+    shared = [rest._replace(modulus=last.modulus) for rest in rests]
+    return [Relation((*first.sides[:-1], rest), first.ops) for rest in shared]
 
 
-def total(values: list) -> Leaf | None:
-    """1 hour and 30 minutes as minutes; None for other lists."""
-    if not all(isinstance(value, Leaf) and value.unit for value in values):
-        return None
-    in_base = [in_base_unit(value) for value in values]
-    bases = {value.unit for value in in_base}
-    if len(bases) > 1 or len({value.unit for value in values}) < len(values):
-        return None
-    approximate = any(value.approximate for value in values)
-    return Leaf(add(*(value.expr for value in in_base)), approximate, *bases)
-
-
-def find_partners(tokens: list[Token]) -> dict[int, int]:
+def find_partners(tokens):
     """Where each bracket closes, by the place where it opens: "(1,2]" -> {0: 4}."""
     partner = {}
-    opened: list[int] = []
+    opened = []
     for place, (_, text) in enumerate(tokens):
         if text in BRACKETS:
             opened.append(place)
@@ -1806,7 +1764,7 @@ def find_partners(tokens: list[Token]) -> dict[int, int]:
     return partner
 
 
-def name_of(side) -> str:
+def name_of(side):
     r"""The spelling of a side that only names something: x_1, AB, (x,y), \cos A, f^{-1}(x), |AB|,
     AB/BC, words; "" for other sides."""
     if isinstance(side, str):
@@ -1820,7 +1778,7 @@ def name_of(side) -> str:
     return "" if name.startswith("/") else name  # 1/x
 
 
-def name_of_expr(expr) -> str:
+def name_of_expr(expr):
     if expr.is_Symbol:
         return expr.name
     if expr.is_Mul or expr.func is sympy.Abs:
@@ -1837,7 +1795,7 @@ def name_of_expr(expr) -> str:
     return ""
 
 
-def value_of_words(words: list[str]):
+def value_of_words(words):
     """Words without articles, or what they say a thing is: "The triangle is isosceles" ->
     "isosceles"; "no solution" -> the empty set."""
     words = [word for word in words if word not in ("a", "an", "the")]
@@ -1850,7 +1808,7 @@ def value_of_words(words: list[str]):
     return text.removesuffix(" solutions")  # infinitely many
 
 
-def complement(points) -> Seq:
+def complement(points):
     """The real line without a set of rational points, as intervals."""
     if not is_kind(points, "set") or not all(map(is_rational, points.items)):
         raise Unparsed("a difference of sets")
@@ -1859,7 +1817,7 @@ def complement(points) -> Seq:
     return Seq("union", tuple(Seq("()", pair) for pair in pairwise(ends)))
 
 
-def count_leaves(value, depth: int = 0) -> int:
+def count_leaves(value, depth=0):
     """The number of values in nested collections; too deep a nest counts as too many."""
     inside = ()
     if isinstance(value, Relation):
@@ -1879,16 +1837,17 @@ class Parsed(NamedTuple):
     text: str  # normalised spelling, for comparison as text
     value: object  # Leaf, Seq, Relation, str (words); None where the answer is not in the grammar
     why: str = ""  # why it is not
+    bound: tuple = ()  # the variables that may have any name: k in 3k, k ∈ ℤ
 
 
-def spelling_of(token: Token) -> str:
+def spelling_of(token):
     """Words without capitals; units of one or two letters keep theirs: mW is not MW."""
     is_word = token.kind == "text" and len(token.text) > 2
     return token.text.casefold() if is_word else token.text
 
 
 @lru_cache(maxsize=512)
-def parse(text: str, thousands: bool = True) -> Parsed:
+def parse(text: str, thousands: bool = True, renamed: tuple = ()) -> Parsed:
     """A whole answer: "1/2" -> Leaf(1/2). What is not in the grammar, or beyond the limits, is text
     and nothing else: "5 +" -> None, "ends too early"."""
     if len(text) > MAX_ANSWER:
@@ -1898,10 +1857,14 @@ def parse(text: str, thousands: bool = True) -> Parsed:
     try:
         tokens = tokenise(text)
         spelling = "".join(map(spelling_of, tokens))
-        value = Parser(tokens).answer()
+        names = {name: f"bound {i}" for i, name in enumerate(renamed)}
+        parser = Parser(
+            [token._replace(text=names.get(token.text, token.text)) for token in tokens]
+        )
+        value = parser.answer()
         if count_leaves(value) > MAX_LEAVES:
             raise Unparsed("too many values")
-        return Parsed(spelling, value)
+        return Parsed(spelling, value, bound=tuple(dict.fromkeys(parser.bound)))
     except Unparsed as error:
         return Parsed(spelling, None, str(error))
 
@@ -1928,7 +1891,7 @@ class Point(NamedTuple):
     center: Rational = Integer(0)
     integers: tuple = ()  # the names of the variables that are integers
 
-    def value(self, name: str):
+    def value(self, name):
         noise = zlib.crc32(f"{name} {self.k}".encode("utf-8", "replace"))
         if name in self.integers:
             return NUMBERS.mpf(self.integer(name, noise))
@@ -1939,11 +1902,11 @@ class Point(NamedTuple):
             distance = -distance
         return NUMBERS.mpf(self.center.p) / self.center.q + distance
 
-    def is_negative(self, noise: int) -> bool:
+    def is_negative(self, noise):
         """Of four points one is all positive and one all negative."""
         return self.k % 4 == 1 or (self.k % 4 > 1 and bool(noise >> 20 & 1))
 
-    def integer(self, name: str, noise: int) -> int:
+    def integer(self, name, noise):
         """Small ones in a row, so that each remainder occurs; or large."""
         if self.size > 1:
             return self.size + noise % self.size
@@ -1981,7 +1944,7 @@ def numeric_value(expr, point: Point) -> Number:
     return Number(result.value, result.spread + max(number.spread for number in inner))
 
 
-def numeric_sum(values: list) -> Number:
+def numeric_sum(values):
     """A sum that nearly vanishes beside its terms is 0 seen through rounding: sin 1 ² + cos 1 ² - 1.
     The precision follows the spread of the terms, so that no term is lost like that."""
     total = sum(values)
@@ -1993,7 +1956,7 @@ def numeric_sum(values: list) -> Number:
     return Number(total, max(sizes) - min(sizes))
 
 
-def numeric_power(base, exponent, exact, real: bool) -> Number:
+def numeric_power(base, exponent, exact, real):
     """base^exponent, or infinity or NaN where it is out of bounds. Over the reals an odd root of a
     negative number is negative."""
     if base == 0:
@@ -2012,12 +1975,12 @@ def numeric_power(base, exponent, exact, real: bool) -> Number:
     return Number(NUMBERS.exp(logarithm), max(0, -size_of(logarithm)))
 
 
-def size_of(value) -> int:
+def size_of(value):
     """The exponent of 2 that is about as large; 0 for 0."""
     return NUMBERS.mag(value) if value else 0
 
 
-def numeric_function(name: str, values: list) -> Number:
+def numeric_function(name, values):
     """The function of sympy's name; ArithmeticError where its argument is out of bounds."""
     largest = 1_000
     if name in GAMMAS:
@@ -2048,30 +2011,32 @@ class ExprStats:
     def __init__(self, expr):
         nodes = list(sympy.preorder_traversal(expr))
         inner = [node for node in nodes if node.args and node.func not in (Add, Mul)]
-        rounded = [node for node in inner if node.func.__name__ in ROUNDED]
-        gammas = [node for node in inner if node.func.__name__ in GAMMAS]
-        hard = [node for node in inner if not (node.is_Pow and node.exp.is_Integer)]
+        names = [node.func.__name__ for node in inner]
+        rounded = [node for node, name in zip(inner, names) if name in ROUNDED]
+        gammas = [node for node, name in zip(inner, names) if name in GAMMAS]
         rationals = [node for node in nodes if node.is_Rational]
-        self.nodes = len(nodes) + 8 * (len(inner) - len(hard))
-        self.cost = len(hard) + 29 * len(gammas)
+        # Whole powers are cheap; a factorial takes as long as 30 sines.
+        cheap = sum(node.is_Pow and node.exp.is_Integer for node in inner)
+        self.nodes = len(nodes) + 8 * cheap
+        self.cost = len(inner) - cheap + 29 * len(gammas)
         self.bits = max(map(bits, rationals), default=0)
         self.constants = {abs(node) for node in rationals if bits(node) < 64}
         self.rounded = bool(rounded)
-        self.real = any(node.func.__name__ in OF_REALS for node in inner)
+        self.real = not set(OF_REALS).isdisjoint(names)
         # whether it holds a root or logarithm of a variable
         self.rooted = any(has_branches(node) and node.args[0].free_symbols for node in inner)
         # A variable under a floor is an integer, but in ⌊x⌋, which would then say nothing.
         plain = [node for node in rounded if is_integral(node.args[0])]
-        self.integers = names_in([node for node in rounded if node not in plain] + gammas)
         self.not_integers = names_in(plain)
+        self.integers = names_in(rounded + gammas) - self.not_integers
 
 
-def has_branches(node) -> bool:
+def has_branches(node):
     """A root or a logarithm."""
     return node.func is sympy.log or (node.is_Pow and not node.exp.is_Integer)
 
 
-def is_integral(expr) -> bool:
+def is_integral(expr):
     """An integer wherever its variables are: 2x² + 1."""
     if expr.is_Add or expr.is_Mul:
         return all(map(is_integral, expr.args))
@@ -2080,7 +2045,7 @@ def is_integral(expr) -> bool:
     return bool(expr.is_Symbol or expr.is_Integer)
 
 
-def names_in(exprs: list) -> set[str]:
+def names_in(exprs):
     return {symbol.name for expr in exprs for symbol in expr.free_symbols}
 
 
@@ -2100,7 +2065,7 @@ def value_at(expr, point: Point, precision: int) -> Number | None:
         return None
 
 
-def values_at(exprs: tuple, point: Point, precision: int) -> tuple | None:
+def values_at(exprs, point, precision):
     """The values of trees at a point, so precise that half of the bits show their smallest terms;
     None where one has no value."""
     numbers = [value_at(expr, point, precision) for expr in exprs]
@@ -2113,7 +2078,7 @@ def values_at(exprs: tuple, point: Point, precision: int) -> tuple | None:
     return *(number.value for number in numbers), precision
 
 
-def equal_at(x, y, point: Point, precision: int, approximate: bool) -> bool | None:
+def equal_at(x, y, point, precision, approximate):
     """Whether two trees agree at a point; None where one has no value."""
     found = values_at((x, y), point, precision)
     if found is None:
@@ -2125,7 +2090,7 @@ def equal_at(x, y, point: Point, precision: int, approximate: bool) -> bool | No
     return bool(abs(left - right) <= tolerance * max(abs(left), abs(right)))
 
 
-def choose_points(x, y) -> list[Point]:
+def choose_points(x, y):
     """Where to compare two trees. One point is enough for constants. An absolute value, or a root
     or logarithm on one side only, asks for real points of both signs, of several sizes and around
     the constants, so that √(x²) is not x and |x - 5| not 5 - x."""
@@ -2136,27 +2101,23 @@ def choose_points(x, y) -> list[Point]:
     real = one.real or other.real or one.rooted != other.rooted
     kind = "real" if real else "positive"
     names = (one.integers | other.integers) - one.not_integers - other.not_integers
-    if names:
-        integers = tuple(sorted(names, key=lambda name: (name[0] not in "nN", name)))
-        rounded = one.rounded or other.rounded
-        sizes = [1] * (24 if rounded else 12) + [60, 60, 400, 400]
-        if rounded:
-            sizes += [10**6, 10**6]
-        return [Point(kind, k, size, integers=integers) for k, size in enumerate(sizes)]
+    if names:  # n first, above the others, for which C(n, k) has a value
+        names = tuple(sorted(names, key=lambda name: (name[0] not in "nN", name)))
+        sizes = [1] * 12 + [60, 60, 400, 400]
+        if one.rounded or other.rounded:
+            sizes = [1] * 24 + [60, 60, 400, 400, 10**6, 10**6]
+        return [Point(kind, k, size, integers=names) for k, size in enumerate(sizes)]
     if real:
-        sizes = [size for size in (1, 4, 20, 500) for _ in range(4)]
-        points = [Point(kind, k, size) for k, size in enumerate(sizes)]
-        for constant in sorted(one.constants | other.constants)[:8]:
-            for center in (constant, -constant):
-                points += [Point(kind, k, 0.25, center) for k in (0, 1)]
-        return points
+        constants = sorted(one.constants | other.constants)[:8]
+        centers = [*constants, *(-constant for constant in constants)]
+        points = [Point(kind, k, 0.25, center) for center in centers for k in (0, 1)]
+        return points + [Point(kind, k, (1, 4, 20, 500)[k // 4]) for k in range(16)]
     points = [Point("complex", k) for k in range(5)]
-    if one.rooted:
-        points += [Point(kind, k, size) for k, size in enumerate((4, 20, 500))]
-    return points
+    sizes = (4, 20, 500) if one.rooted else ()
+    return points + [Point(kind, k, size) for k, size in enumerate(sizes)]
 
 
-def choose_precision(x, y) -> int:
+def choose_precision(x, y):
     """More bits for larger numbers: a changed digit must count."""
     precision = MIN_PRECISION
     while precision < 2 * max(ExprStats(x).bits, ExprStats(y).bits) + 64:
@@ -2185,7 +2146,7 @@ def equal_exprs(x, y, approximate: bool = False) -> bool:
     return 3 * agreed > len(points)
 
 
-def proportional(x, y, positive: bool) -> bool:
+def proportional(x, y, positive):
     """x = c y with a constant c that is not 0 (positive, for inequalities); or both vanish
     everywhere."""
     zeros = [equal_exprs(expr, Integer(0)) for expr in (x, y)]
@@ -2228,7 +2189,7 @@ under floors and factorials: the variables are integers
     \lfloor n/2 \rfloor == \lceil (n-1)/2 \rceil    \lfloor n/3 \rfloor != \lfloor n/4 \rfloor
 percent, degrees, units: a side may lack its unit; other units must agree, and some are converted
     5\text{ cm} == 5    5\text{ cm} != 5\text{ m}    50\text{ cents} == \$0.50    5\,\mathrm{N} == 5
-    180^\circ == \pi    1\text{ hour and }30\text{ minutes} == 90\text{ min}
+    180^\circ == \pi    1.5\text{ hours} == 90\text{ min}    25^\circ\text{C} != 25^\circ\text{F}
 times of day: where a side says am or pm, or where the reference is h:mm
     4:20 PM == 16:20    4:20 PM != 6:30 PM    1:2 == 2:4
 names: x = 5 is 5; two names must agree; an equation between constants must hold
@@ -2266,20 +2227,26 @@ words, and what is not in the grammar: the same text
 UNORDERED = ("set", "list", "union", "and", "or")
 FAMILIES = ("builder", "family")
 UNIT_VECTORS = [Symbol(f"{name}_unit") for name in "ijk"]
-BASE_UNITS = {  # in what some units are compared with others, and what one of them is
-    "%": ("", Rational(1, 100)),
-    "deg": ("", divide(sympy.pi, Integer(180))),
-    "cent": ("dollar", Rational(1, 100)),
-    "mm": ("m", Rational(1, 1000)),
-    "cm": ("m", Rational(1, 100)),
-    "km": ("m", Integer(1000)),
-    "g": ("kg", Rational(1, 1000)),
-    "min": ("s", Integer(60)),
-    "h": ("s", Integer(3600)),
+# In what some units are compared with others, and what one of them is.
+BASE_UNITS = {"%": ("", Rational(1, 100)), "deg": ("", divide(sympy.pi, Integer(180)))}
+BASE_UNITS |= {
+    unit: (base, Rational(size))
+    for unit, base, size in map(
+        str.split,
+        """
+cent dollar 1/100
+mm m 1/1000
+cm m 1/100
+km m 1000
+g kg 1/1000
+min s 60
+h s 3600
+""".strip().splitlines(),
+    )
 }
 
 
-def equal_values(left, right) -> bool:
+def equal_values(left, right):
     """By the table above: relations by what they say, leaves by value, collections by items."""
     left = unwrap_singleton(left)
     right = unwrap_singleton(right)
@@ -2288,27 +2255,23 @@ def equal_values(left, right) -> bool:
         right = right.items[0] if is_kind(right, "family") else right
     if isinstance(left, Relation) and isinstance(right, Relation):
         return equal_relations(left, right)
-    if isinstance(left, Relation):
-        left = denoted_value(left)
-    if isinstance(right, Relation):
-        right = denoted_value(right)
-    if isinstance(left, Leaf) and isinstance(right, Leaf):
+    left, right = (denoted_value(it) if isinstance(it, Relation) else it for it in (left, right))
+    types = {type(left), type(right)}
+    if types == {Leaf}:
         return equal_leaves(left, right)
-    if isinstance(left, Seq) and isinstance(right, Seq):
+    if types == {Seq}:
         return equal_collections(left, right)
-    if is_kind(left, "matrix", "()") and isinstance(right, Leaf):
-        left, right = right, left
-    if isinstance(left, Leaf) and is_kind(right, "matrix", "()"):
-        return equal_vectors(left, right)
-    return isinstance(left, str) and left == right
+    if types == {Leaf, Seq}:
+        return equal_vectors(left, right) or equal_vectors(right, left)
+    return types == {str} and left == right
 
 
-def equal_vectors(sum_of_units: Leaf, vector: Seq) -> bool:
+def equal_vectors(leaf, vector):
     """2i + 3j and (2, 3)."""
-    if sum_of_units.expr.free_symbols.isdisjoint(UNIT_VECTORS):
+    if not is_kind(vector, "matrix", "()") or leaf.expr.free_symbols.isdisjoint(UNIT_VECTORS):
         return False
     terms = [as_expr(scale(unit, item)) for unit, item in zip(UNIT_VECTORS, vector.items)]
-    return len(vector.items) <= 3 and equal_exprs(sum_of_units.expr, add(*terms))
+    return len(vector.items) <= 3 and equal_exprs(leaf.expr, add(*terms))
 
 
 def unwrap_singleton(value):
@@ -2321,7 +2284,7 @@ def unwrap_singleton(value):
     return value
 
 
-def equal_leaves(left: Leaf, right: Leaf) -> bool:
+def equal_leaves(left, right):
     """Numbers with or without units: 5 cm is 5 and not 5 m; 50% is 50 and 0.5; 50 cents is 50 and
     $0.50."""
     if left.modulus is not None and right.modulus is not None:
@@ -2337,13 +2300,13 @@ def equal_leaves(left: Leaf, right: Leaf) -> bool:
     return left.unit == right.unit and equal_exprs(left.expr, right.expr, approximate)
 
 
-def in_base_unit(leaf: Leaf) -> Leaf:
+def in_base_unit(leaf):
     """5 cm -> 1/20 m; 5% -> 1/20."""
     unit, size = BASE_UNITS.get(leaf.unit, (leaf.unit, Integer(1)))
     return leaf._replace(unit=unit, expr=multiply(leaf.expr, size))
 
 
-def equal_remainders(left: Leaf, right: Leaf) -> bool:
+def equal_remainders(left, right):
     """5 (mod 7) and 12 (mod 7); not 5 (mod 8)."""
     if not equal_exprs(left.modulus, right.modulus):
         return False
@@ -2351,12 +2314,12 @@ def equal_remainders(left: Leaf, right: Leaf) -> bool:
     return bool(turns.is_Integer) or equal_exprs(left.expr, right.expr)
 
 
-def is_constant(value) -> bool:
+def is_constant(value):
     """2 + 3 or sqrt 2; not x, not f(2)."""
     return isinstance(value, Leaf) and not value.expr.free_symbols
 
 
-def denoted_value(relation: Relation):
+def denoted_value(relation):
     """What a relation says of one thing. The value: x = 5, f(x) = 5, 2 + 3 = 5, Area = 5, x in {5}
     -> 5. Intervals, for inequalities in one variable with constant ends: 1 < x <= 2 -> (1,2]. None
     for a real equation."""
@@ -2366,7 +2329,7 @@ def denoted_value(relation: Relation):
         if len(sides) == 2 and names[1] and is_constant(sides[0]):
             return sides[0]
         constants = [side for side in sides if is_constant(side)]
-        if not all(nearly_equal(side, constants[-1]) for side in constants[:-1]):
+        if not all(equal_leaves(side, constants[-1]) for side in constants[:-1]):
             return None  # 3 = 5
         calculated = is_constant(sides[-1]) and (len(sides) > 2 or is_constant(sides[0]))
         return sides[-1] if names[0] or calculated else None
@@ -2378,16 +2341,7 @@ def denoted_value(relation: Relation):
     return interval_of(sides, ops)
 
 
-def nearly_equal(left: Leaf, right: Leaf) -> bool:
-    """1/3 and 0.33; values of different units are not compared."""
-    if left.unit != right.unit:
-        return True
-    with LOCK:
-        found = values_at((left.expr, right.expr), Point("complex", 0), MIN_PRECISION)
-        return bool(found) and bool(abs(found[0] - found[1]) <= abs(found[1]) / 50)
-
-
-def interval_of(sides: tuple, ops: tuple) -> Seq | None:
+def interval_of(sides, ops):
     """1 < x <= 2 -> (1,2]; x < 2 is -oo < x < 2. None if the ends are no constants."""
     if len(sides) == 2:
         low, high = REAL_LINE.items
@@ -2407,7 +2361,7 @@ def interval_of(sides: tuple, ops: tuple) -> Seq | None:
     return Seq(opening + closing, ends)
 
 
-def equal_relations(left: Relation, right: Relation, in_list: bool = False) -> bool:
+def equal_relations(left, right, in_list=False):
     """x = 5 and 5 = x; y = 2x + 1 and 2x - y + 1 = 0; x > 1 and -2 > -2x; not x = 5 and y = 5. What
     stands alone may have any name in words: Area = 5 and x = 5, f(x) = 2x and y = 2x."""
     one = first_name(left)
@@ -2427,35 +2381,30 @@ def equal_relations(left: Relation, right: Relation, in_list: bool = False) -> b
     return all(proportional(x, y, positive="<" in op) for x, y, op in steps)
 
 
-def first_name(relation: Relation) -> str:
+def first_name(relation):
     """The first side that only names something."""
     return next(filter(None, map(name_of, relation.sides)), "")
 
 
-def differences(relation: Relation) -> list:
+def differences(relation):
     """Each side minus the next."""
     return [add(x.expr, negate(y.expr)) for x, y in pairwise(relation.sides)]
 
 
-def equal_collections(left: Seq, right: Seq) -> bool:
+def equal_collections(left, right):
     """{1,2} and {2,1}; (1,2) and the bare 1,2; not (0,1) and [0,1], nor 1,1,2 and 1,2,2."""
     kinds = {left.kind, right.kind}
     if kinds == {"and", "or"}:
         return False
     if kinds <= {*FAMILIES}:
-        left, right = (rename_bound(seq) for seq in (left, right))
         return all(map(equal_values, left.items, right.items))
     if "ratio" in kinds:
         return len(kinds) == 1 and equal_ratios(left.items, right.items)
     for one, other in ((left, right), (right, left)):  # x > 2, x < 5 is also (2,5)
-        if (
-            one.kind == "list"
-            and other.kind not in ("list", "or")
-            and all(map(is_condition, one.items))
-        ):
-            both = intersection(one.items)
-            if both and equal_values(both, other):
-                return True
+        conditions = one.kind == "list" and all(map(is_condition, one.items))
+        both = chained(one.items) if conditions and other.kind != "or" else None
+        if both and equal_values(both, other):
+            return True
     if "union" in kinds or kinds == {"set"}:
         ones, others = (seq.items if seq.kind in UNORDERED else [seq] for seq in (left, right))
         return is_within(ones, others) and is_within(others, ones)
@@ -2471,28 +2420,22 @@ def equal_collections(left: Seq, right: Seq) -> bool:
     return all(map(equal_values, left.items, right.items))
 
 
-def is_within(ones, others) -> bool:
+def is_within(ones, others):
     return all(any(equal_values(one, other) for other in others) for one in ones)
 
 
-def equal_lists(left: Seq, right: Seq) -> bool:
+def equal_lists(left, right):
     """In any order, but each value as often: 1,1,2 is not 1,2,2. Labels count: not x = 1, y = 2 and
-    x = 2, y = 1; a list without labels is in the order of one with labels. A set beside a list may
-    hold its values once."""
+    x = 2, y = 1; a list without labels is in the order of one with labels."""
     labels = [labels_of(seq) for seq in (left, right)]
     if bool(labels[0]) != bool(labels[1]) and len({*labels[0], *labels[1]}) > 1:
         return len(left.items) == len(right.items) and all(
             map(equal_values, left.items, right.items)
         )
-    if equal_in_some_order(left.items, right.items):
-        return True
-    for one, other in ((left, right), (right, left)):
-        if one.kind == "set" and equal_in_some_order(distinct(one.items), other.items):
-            return True
-    return False
+    return equal_in_some_order(left.items, right.items)
 
 
-def labels_of(seq: Seq) -> list[str]:
+def labels_of(seq):
     """The labels of x = 1, y = 2; none where one value has none."""
     if not all(isinstance(item, Relation) and item.ops == ("=",) for item in seq.items):
         return []
@@ -2500,15 +2443,7 @@ def labels_of(seq: Seq) -> list[str]:
     return labels if all(labels) else []
 
 
-def distinct(items: tuple) -> list:
-    kept: list = []
-    for item in items:
-        if not any(equal_values(item, other) for other in kept):
-            kept.append(item)
-    return kept
-
-
-def equal_in_some_order(ones, others) -> bool:
+def equal_in_some_order(ones, others):
     """Each of one side equals one of the other, which is then taken."""
     rest = [*others]
     if len(ones) != len(rest):
@@ -2521,14 +2456,14 @@ def equal_in_some_order(ones, others) -> bool:
     return True
 
 
-def equal_items(one, other) -> bool:
+def equal_items(one, other):
     """As equal_values, but labels must agree."""
     if isinstance(one, Relation) and isinstance(other, Relation):
         return equal_relations(one, other, in_list=True)
     return equal_values(one, other)
 
 
-def equal_ratios(ones: tuple, others: tuple) -> bool:
+def equal_ratios(ones, others):
     """1:2:3 and 2:4:6."""
     if len(ones) != len(others):
         return False
@@ -2537,38 +2472,6 @@ def equal_ratios(ones: tuple, others: tuple) -> bool:
         equal_exprs(multiply(a.expr, other_b.expr), multiply(b.expr, other_a.expr))
         for (a, other_a), (b, other_b) in pairs
     )
-
-
-def rename_bound(seq: Seq) -> Seq:
-    """{3k | k ∈ ℤ} with the name of its variable replaced, so that {3n | n ∈ ℤ} is the same."""
-    names: dict[str, str] = {}
-    in_condition = symbols_of(seq.items[1])
-    for name in symbols_of(seq.items[0]):
-        if name in in_condition:
-            names.setdefault(name, f"bound {len(names)}")
-    return rename(seq, names)
-
-
-def symbols_of(value) -> list[str]:
-    """The names of the variables, in the order in which they appear."""
-    if isinstance(value, Leaf):
-        nodes = sympy.preorder_traversal(value.expr)
-        return [node.name for node in nodes if node.is_Symbol]
-    inside = value.sides if isinstance(value, Relation) else getattr(value, "items", ())
-    return [name for item in inside for name in symbols_of(item)]
-
-
-def rename(value, names: dict[str, str]):
-    """A value, or an inert tree, with other names for its variables."""
-    if isinstance(value, Leaf):
-        return value._replace(expr=rename(value.expr, names))
-    if isinstance(value, Relation):
-        return value._replace(sides=tuple(rename(side, names) for side in value.sides))
-    if isinstance(value, Seq):
-        return value._replace(items=tuple(rename(item, names) for item in value.items))
-    if isinstance(value, str) or not value.args:
-        return Symbol(names.get(value.name, value.name)) if isinstance(value, Symbol) else value
-    return value.func(*(rename(argument, names) for argument in value.args), evaluate=False)
 
 
 CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(am|pm)?", re.I)
@@ -2587,48 +2490,32 @@ VALUE = re.compile(
 )
 
 
-class Clock(NamedTuple):
-    """A time of day."""
-
-    hour: int
-    minute: int
-    half: str  # am, pm or ""
-
-
-def read_clock(text: str) -> Clock | None:
-    """4:20 pm and 16:20; None for other text and for impossible times."""
+def read_clock(text):
+    """(minutes on a dial of 12 hours, am or pm or "") of 4:20 pm, 16:20 and 4:20; None for other text
+    and for times that no clock shows."""
     match = CLOCK.fullmatch(text)
-    if not match:
+    hour, minute, half = match.groups("") if match else ("", "", "")
+    if not (minute or half) or int(minute or 0) > 59 or int(hour) > (12 if half else 24):
         return None
-    hour = int(match[1])
-    minute = int(match[2] or 0)
-    half = (match[3] or "").lower()
-    if minute > 59 or hour > 24 or (half and not 1 <= hour <= 12) or not (match[2] or half):
-        return None
-    return Clock(hour, minute, half)
+    if not half and not 1 <= int(hour) <= 12:
+        half = "pm" if int(hour) > 12 else "am"
+    return int(hour) % 12 * 60 + int(minute or 0), half.lower()
 
 
-def equal_clocks(left: Clock | None, right: Clock | None) -> bool:
-    """16:20 and 4:20 pm; 4:20 and 4:20 pm, too, as a number may lack its unit."""
-    if left is None or right is None or left.minute != right.minute:
-        return False
-    if left.half == right.half or (not (left.half and right.half) and left.hour == right.hour):
-        return left.hour == right.hour
-    hours = [
-        clock.hour % 12 + 12 * (clock.half == "pm") if clock.half else clock.hour
-        for clock in (left, right)
-    ]
-    return hours[0] == hours[1]
-
-
-def compare(answer: str, reference: str) -> bool:
+def compare(answer, reference):
     """Two answers as they stand: as text, then by value, then in another reading of either. h:mm is
     a time of day where a side says am or pm, or where the reference is written so."""
     left = parse(answer)
     right = parse(reference)
     clocks = [read_clock(left.text), read_clock(right.text)]
-    if clocks[1] or (clocks[0] and clocks[0].half):
-        return left.text == right.text or equal_clocks(*clocks)
+    if clocks[1] or (clocks[0] and clocks[0][1]):
+        if None in clocks:
+            return left.text == right.text
+        (minutes, half), (other_minutes, other_half) = clocks
+        return minutes == other_minutes and (half == other_half or not (half and other_half))
+    if left.bound and right.bound:
+        left = parse(answer, renamed=left.bound)
+        right = parse(reference, renamed=right.bound)
     return (
         left.text == right.text
         or equal_parsed(left, right)
@@ -2637,7 +2524,7 @@ def compare(answer: str, reference: str) -> bool:
     )
 
 
-def equal_in_another_reading(one: Parsed, other: Parsed, spelling: str) -> bool:
+def equal_in_another_reading(one, other, spelling):
     """The other as an option "(C) 15", which is "C" and is "15"; or 1,234 as a list, beside a
     collection."""
     option = OPTION.match(other.text)
@@ -2650,7 +2537,7 @@ def equal_in_another_reading(one: Parsed, other: Parsed, spelling: str) -> bool:
     return listed and equal_parsed(one, parse(spelling, thousands=False))
 
 
-def equal_parsed(one: Parsed, other: Parsed) -> bool:
+def equal_parsed(one, other):
     """By value; False where one did not parse, or where a number grows too large on the way."""
     if one.value is None or other.value is None:
         return False
@@ -2659,7 +2546,7 @@ def equal_parsed(one: Parsed, other: Parsed) -> bool:
     return False
 
 
-def is_value(answer: str, value: Rational) -> bool:
+def is_value(answer, value):
     """Whether nothing is left to calculate: -5, 10/2, 1 4/5, 3 × 10^5, 3+2 = 5. Not 3+2, 5!, 52_8,
     {12}34; not 2^10 nor √25, which are shorter as 1024 and 5."""
     text = parse(answer).text.rpartition("=")[2]
@@ -2719,7 +2606,7 @@ def grade(
     return Grade(answer, correct, reward=float(correct))
 
 
-def is_choice(answer: str, reference: str, problem: str) -> bool:
+def is_choice(answer, reference, problem):
     """c for C, where the reference is a letter and the problem offers choices."""
     offered = all(re.search(rf"\({letter}\)|\b{letter}[.):]", problem) for letter in "AB")
     letter = parse(answer).text.strip("()").upper()
@@ -2756,7 +2643,7 @@ def explain(response: str, reference: str, require_value: bool = False) -> Expla
     return Explanation(correct, answer, rule, why)
 
 
-def describe(value) -> str:
+def describe(value):
     """How an answer was read: "1 < x <= 2", "set(1, 2)", "5 cm"."""
     if isinstance(value, Leaf):
         modulus = "" if value.modulus is None else f"(mod {value.modulus})"
@@ -2769,7 +2656,7 @@ def describe(value) -> str:
     return f"words: {value}"
 
 
-def difference(left: Parsed, right: Parsed) -> str:
+def difference(left, right):
     """Why two answers are equal, or are not."""
     if left.text == right.text:
         return "the same spelling"
@@ -2788,14 +2675,14 @@ def difference(left: Parsed, right: Parsed) -> str:
         for point in choose_points(one.expr, other.expr):
             if equal_at(one.expr, other.expr, point, precision, approximate=False) is False:
                 values = [value_at(leaf.expr, point, precision).value for leaf in (one, other)]
-                names = sorted(symbols_of(one) + symbols_of(other))
+                names = sorted(names_in([one.expr, other.expr]))
                 place = [f"{name} = {NUMBERS.nstr(point.value(name), 5)}" for name in names]
                 shown = " and ".join(NUMBERS.nstr(value, 12) for value in values)
-                return f"{shown} at {', '.join(dict.fromkeys(place)) or 'their values'}"
+                return f"{shown} {'at ' if place else ''}{', '.join(place)}"
     return "their values could not be compared"
 
 
-def print_explanation(response: str, reference: str) -> None:
+def print_explanation(response, reference):
     """What --explain says, in printable characters."""
     correct, answer, rule, why = explain(response, reference)
     lines = [f"{'correct' if correct else 'wrong'} ({why})", f"answer     {answer} (rule: {rule})"]
@@ -2810,30 +2697,30 @@ def print_explanation(response: str, reference: str) -> None:
         print(line.encode("unicode_escape").decode().replace(r"\\", "\\"))
 
 
+def equal_either_way(one, other):
+    return compare(one, other) or (":" in one and compare(other, one))
+
+
 def answer_classes(answers: list[str | None]) -> list[int]:
     """The class of each answer, numbered by first appearance; -1 where there is none. Equality (the
     same in both directions) is closed transitively, so the partition does not depend on the
     order."""
     spellings = {answer: reference_answer(answer) for answer in answers if answer is not None}
-    groups: list[list[str]] = []
+    groups = []
     for answer, spelling in spellings.items():
         joined = [answer]
         others = []
-        for group in groups:
-            if any(compare(spelling, spellings[other]) for other in group):
+        for group in groups:  # times of day look at the reference: in either direction, then
+            if any(equal_either_way(spelling, spellings[other]) for other in group):
                 joined = group + joined
             else:
                 others.append(group)
         groups = [*others, joined]
     group_of = {answer: i for i, group in enumerate(groups) for answer in group}
-    numbers: dict[int, int] = {}
-    classes = []
+    numbers = {None: -1}
     for answer in answers:
-        if answer is None:
-            classes.append(-1)
-        else:
-            classes.append(numbers.setdefault(group_of[answer], len(numbers)))
-    return classes
+        numbers.setdefault(group_of.get(answer), len(numbers) - 1)
+    return [numbers[group_of.get(answer)] for answer in answers]
 
 
 # -- the pool of workers ---------------------------------------------------------------------------
@@ -2849,9 +2736,7 @@ class Group(NamedTuple):
     correct: list[bool]
     rewards: list[float]
     classes: list[int]  # -1: no answer; all correct responses share one class
-    failed: list[
-        str
-    ]  # "": graded; else what the grader died of: time, cpu, memory, crash, exception
+    failed: list[str]  # "", or what the grader died of: time, cpu, memory, crash, exception
 
 
 class Job(NamedTuple):
@@ -2859,9 +2744,7 @@ class Job(NamedTuple):
 
     responses: list[str]
     reference: str
-    problem: str
-    require_value: bool
-    in_thought: bool
+    options: dict  # grade's keywords
 
 
 class Reply(NamedTuple):
@@ -2872,16 +2755,16 @@ class Reply(NamedTuple):
     error: str = ""  # of an exception: its type and message
 
 
-def to_bytes(message) -> bytes:
+def to_bytes(message):
     """JSON in which any str survives: a pair of lone surrogates must not become one character."""
     return json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def from_bytes(message: bytes):
+def from_bytes(message):
     return json.loads(message.decode("utf-8", "surrogatepass"))
 
 
-def printable(text: str, limit: int = 200) -> str:
+def printable(text, limit=200):
     """The end of a text in printable ASCII."""
     return ascii(text[-limit:])[:limit]
 
@@ -2897,7 +2780,7 @@ def checked_grade(result) -> Grade:
     return Grade(answer, bool(correct), reward)
 
 
-def load_grader(name: str):
+def load_grader(name):
     """The function FUNCTION of FILE.py, named "FILE.py:FUNCTION"; ValueError in one line."""
     path, _, function = name.rpartition(":")
     if not path.endswith(".py") or not function.isidentifier():
@@ -2922,13 +2805,13 @@ class Worker:
     """One `python reward.py --worker` after another: started when first called, killed and replaced
     when an answer exceeds a limit, replaced now and then against slow growth."""
 
-    def __init__(self, verifier: "Verifier"):
+    def __init__(self, verifier):
         self.verifier = verifier
         self.process = None
         self.pipe = None
         self.requests = 0
 
-    def start(self) -> None:
+    def start(self):
         """RuntimeError if no worker starts; ValueError if it cannot load the user's grader."""
         verifier = self.verifier
         self.pipe, other_end = multiprocessing.Pipe()
@@ -2954,7 +2837,7 @@ class Worker:
             raise ValueError(reply.error if reply else error)
         raise RuntimeError(f"a checker worker did not start: {' '.join(command)}")
 
-    def receive(self, timeout: float) -> Reply | None:
+    def receive(self, timeout):
         """The reply; None if the process died or the time is over."""
         with contextlib.suppress(OSError, EOFError):
             if self.pipe.poll(timeout):
@@ -2973,16 +2856,15 @@ class Worker:
         reply = self.receive(self.verifier.timeout)
         return reply or Reply(failed=self.end())
 
-    def end(self) -> str:
+    def end(self):
         """Kill the process and return what it had died of."""
         if not self.process:
             return ""
         process = self.process
         self.process = None
         died_of = "time"
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # its pipe closes a moment before it ends
+        # its pipe closes a moment before it ends
+        with contextlib.suppress(subprocess.TimeoutExpired):
             died_of = "cpu" if process.wait(0.1) == -signal.SIGXCPU else "crash"
         process.kill()
         process.wait()
@@ -2991,18 +2873,13 @@ class Worker:
 
     def grade_response(self, response: str, job: Job) -> tuple[Grade, str]:
         """(grade, what it failed of). A response that the grader failed on is wrong, reward 0."""
-        options = {
-            "problem": job.problem,
-            "require_value": job.require_value,
-            "in_thought": job.in_thought,
-        }
-        reply = self.call("grade", response, job.reference, **options)
+        reply = self.call("grade", response, job.reference, **job.options)
         if not reply.failed:
             return Grade(*reply.value), ""
         self.verifier.count_failure(reply, response)
         answer = None
         if not self.verifier.reward:  # its answer may still be known, for its class
-            answer = self.call("extract_answer", response, job.in_thought).value
+            answer = self.call("extract_answer", response, job.options["in_thought"]).value
         return Grade(answer, False, 0.0), reply.failed
 
     def grade_group(self, job: Job) -> Group:
@@ -3017,7 +2894,7 @@ class Worker:
             [answer for answer in dict.fromkeys(wrong) if answer is not None]
         )
 
-        numbers: dict = {}  # of the classes, by first appearance
+        numbers = {}  # of the classes, by first appearance
         classes = []
         for grade, _ in map(results.get, job.responses):
             if grade.correct:
@@ -3038,7 +2915,7 @@ class Worker:
             failed=[results[response][1] for response in job.responses],
         )
 
-    def label_answers(self, answers: list[str]) -> dict:
+    def label_answers(self, answers):
         """The class of each distinct answer; its spelling where that takes too much."""
         if len(answers) < 2:
             return {answer: answer for answer in answers}
@@ -3060,7 +2937,7 @@ class Verifier(contextlib.AbstractContextManager):
     of it; ValueError if it cannot be loaded. Each thread owns one worker at a time (Linux ends a
     worker with the thread that started it)."""
 
-    def __init__(self, workers=2, timeout=10.0, memory_mb=1024, reward: str | None = None):
+    def __init__(self, workers=2, timeout=10.0, memory_mb=1024, reward=None):
         if sys.platform == "win32":
             raise ValueError(
                 "Verifier runs on Linux and macOS, not on Windows; use WSL, or call score()"
@@ -3075,10 +2952,10 @@ class Verifier(contextlib.AbstractContextManager):
         self.timeout = timeout
         self.memory_mb = memory_mb
         self.reward = reward
-        self.failures: Counter = Counter()  # by kind, see Group.failed
-        self.warned: set[str] = set()
+        self.failures = Counter()  # by kind, see Group.failed
+        self.warned = set()
         self.jobs = queue.SimpleQueue()
-        self.threads: list[threading.Thread] = []
+        self.threads = []
         self.lock = threading.Lock()
         if reward:  # loaded once to see that it can be
             worker = Worker(self)
@@ -3088,7 +2965,7 @@ class Verifier(contextlib.AbstractContextManager):
     def __exit__(self, *_):
         self.close()
 
-    def close(self) -> None:
+    def close(self):
         """End the workers; the next grade_groups() starts new ones."""
         with self.lock:
             threads = self.threads
@@ -3104,11 +2981,12 @@ class Verifier(contextlib.AbstractContextManager):
         """P lists of responses and P references -> P groups, in order. Each keyword is a list of
         length P: grade's arguments for the responses to one prompt."""
         count = len(references)
-        problems = [""] * count if problems is None else problems
-        require_value = [False] * count if require_value is None else require_value
-        in_thought = [False] * count if in_thought is None else in_thought
-        columns = (responses, references, problems, require_value, in_thought)
-        lengths = [len(column) for column in columns]
+        columns = {
+            "problem": [""] * count if problems is None else problems,
+            "require_value": [False] * count if require_value is None else require_value,
+            "in_thought": [False] * count if in_thought is None else in_thought,
+        }
+        lengths = [len(column) for column in (responses, references, *columns.values())]
         if len(set(lengths)) > 1:
             raise ValueError(
                 "responses, references, problems, require_value and in_thought must have the same "
@@ -3119,10 +2997,11 @@ class Verifier(contextlib.AbstractContextManager):
                 thread = threading.Thread(target=self.serve, daemon=True)
                 self.threads.append(thread)
                 thread.start()
-        futures = []
-        for job in map(Job, *columns):
-            futures.append(Future())
-            self.jobs.put((futures[-1], job))
+        futures = [Future() for _ in references]
+        for future, group, reference, *values in zip(
+            futures, responses, references, *columns.values()
+        ):
+            self.jobs.put((future, Job(group, reference, dict(zip(columns, values)))))
         return [future.result() for future in futures]
 
     def self_consistent(self, references) -> list[bool]:
@@ -3130,7 +3009,7 @@ class Verifier(contextlib.AbstractContextManager):
         responses = [[f"\\boxed{{{reference}}}"] for reference in references]
         return [group.correct[0] for group in self.grade_groups(responses, references)]
 
-    def serve(self) -> None:
+    def serve(self):
         """The life of a thread: jobs from the queue, for its own worker."""
         worker = Worker(self)
         while (entry := self.jobs.get()) is not None:
@@ -3141,7 +3020,7 @@ class Verifier(contextlib.AbstractContextManager):
                 future.set_exception(error)
         worker.end()
 
-    def count_failure(self, reply: Reply, text: str) -> None:
+    def count_failure(self, reply, text):
         """Count it; on stderr say each exception once, with the text that raised it."""
         self.failures[reply.failed] += 1
         if not reply.error or reply.error in self.warned or len(self.warned) >= MAX_WARNINGS:
@@ -3151,14 +3030,12 @@ class Verifier(contextlib.AbstractContextManager):
         print(f"{line}: counted as wrong", file=sys.stderr, flush=True)
 
 
-def limit_worker(parent: int, memory_mb: int) -> None:
+def limit_worker(parent, memory_mb):
     """A worker ends with its parent and cannot exceed its memory."""
     import resource  # not there on Windows, where Verifier says so by name
 
-    for ignored in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # Ctrl-C and preemption are the trainer's to handle
+    # Ctrl-C and preemption are the trainer's to handle
+    for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
@@ -3168,7 +3045,7 @@ def limit_worker(parent: int, memory_mb: int) -> None:
         sys.exit()
 
 
-def limit_cpu(seconds: float) -> None:
+def limit_cpu(seconds):
     """From now on, this process is ended after so many seconds of CPU."""
     import resource
 
@@ -3177,7 +3054,7 @@ def limit_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
 
-def answer_request(functions: dict, request: list) -> Reply:
+def answer_request(functions, request):
     """Run what was asked for. An exception is an answer, too: the worker stays."""
     name, arguments, options = request
     try:
@@ -3189,7 +3066,7 @@ def answer_request(functions: dict, request: list) -> Reply:
         return Reply(failed="exception", error=line[:200])
 
 
-def serve_requests(pipe: int, parent: int, timeout: float, memory_mb: int, reward: str) -> None:
+def serve_requests(pipe, parent, timeout, memory_mb, reward):
     """A worker's life. It ends with its parent (EOF, and the death signal on Linux) and on a
     runaway answer (CPU, memory)."""
     limit_worker(parent, memory_mb)
@@ -3204,9 +3081,8 @@ def serve_requests(pipe: int, parent: int, timeout: float, memory_mb: int, rewar
         "extract_answer": extract_answer,
         "answer_classes": answer_classes,
     }
-    is_equivalent(
-        "x/2 + 1/2", r"\frac{x+1}{2}"
-    )  # sympy loads lazily: not on the first answer's time
+    # sympy loads lazily: not on the first answer's time
+    is_equivalent("x/2 + 1/2", r"\frac{x+1}{2}")
     reply = Reply("ready")
     with contextlib.suppress(OSError, EOFError):
         while True:
@@ -3217,31 +3093,22 @@ def serve_requests(pipe: int, parent: int, timeout: float, memory_mb: int, rewar
 
 
 # -- audit -----------------------------------------------------------------------------------------
-class Audited(NamedTuple):
-    """What the checker made of one line of a file."""
-
-    seconds: float
-    rule: str
-    verdict: str
-    line: str  # to show
-
-
-def text_of(fields: dict, *names: str) -> str | None:
+def text_of(fields, *names: str):
     """The first of these fields that is text."""
     return next((fields[name] for name in names if isinstance(fields.get(name), str)), None)
 
 
-def audit_line(fields: dict, place: str) -> Audited:
+def audit_line(fields, place):
+    """(seconds, rule, verdict, a line to show) of one line of a file."""
     response = text_of(fields, "response", "pred", "completion")
     reference = text_of(fields, "reference", "gold", "answer")
     if response is None or reference is None:
         raise ValueError(f'{place}: "response" and "reference" are needed, as text')
     start = time.perf_counter()
-    explanation = explain(response, reference, bool(fields.get("require_value")))
+    _, answer, rule, why = explain(response, reference, bool(fields.get("require_value")))
     seconds = time.perf_counter() - start
-    _, answer, rule, why = explanation
     line = f"  {place}: {str(answer)[:60]!a} for {reference[:60]!a} ({rule}; {why})"
-    return Audited(seconds, rule, why.split(":")[0], line)
+    return seconds, rule, why.split(":")[0], line
 
 
 def audit(path: str, shown: int = 5) -> None:
@@ -3250,17 +3117,17 @@ def audit(path: str, shown: int = 5) -> None:
     with open(path, encoding="utf-8") as file:
         lines = enumerate(map(json.loads, file), 1)
         results = [audit_line(fields, f"{path}:{row}") for row, fields in lines]
-    verdicts = Counter(result.verdict for result in results)
-    rules = Counter(result.rule for result in results)
-    for title, counts in (("found by", rules), ("verdicts", verdicts)):
-        shares = [f"{name} {n} ({n / len(results):.1%})" for name, n in counts.most_common()]
-        print(f"{title}: {', '.join(shares)}")
+    examples = {}
+    for _, _, verdict, line in results:
+        examples.setdefault(verdict, []).append(line)
+    for title, column in (("found by", 1), ("verdicts", 2)):
+        counts = Counter(result[column] for result in results).most_common()
+        print(f"{title}:", ", ".join(f"{name} {n} ({n / len(results):.1%})" for name, n in counts))
     print("slowest:")
-    for result in sorted(results, reverse=True)[:shown]:
-        print(f"{result.line} {result.seconds * 1e3:.1f} ms")
-    for verdict in verdicts:
-        examples = [result.line for result in results if result.verdict == verdict]
-        print(f"{verdict}:", *examples[:: max(1, len(examples) // shown)][:shown], sep="\n")
+    for seconds, _, _, line in sorted(results, reverse=True)[:shown]:
+        print(f"{line} {seconds * 1e3:.1f} ms")
+    for verdict, lines in examples.items():
+        print(f"{verdict}:", *lines[:: max(1, len(lines) // shown)][:shown], sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:
