@@ -2,17 +2,18 @@
 
     python docs/measure_lab.py WORK    # a new folder; half an hour on one thread
 
-Clones this repository's last commit into WORK, makes the runs there, and prints their figures. A
-run that is there already is not made again, so the same command goes on after an interruption.
+Clones this repository's last commit into WORK, makes the runs there, and prints their figures, and
+while they run the CPU seconds of each. A run that is there already is not made again, so the same
+command goes on after an interruption.
 """
 
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,11 +90,17 @@ def apply_edit(folder, edit):
     return path, source
 
 
+def cpu_seconds():
+    """CPU seconds of the commands that have ended; other work on the machine adds nothing."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def make_run(folder, name, flags):
     """One run of train.py in the clone, unless it is there; edited if its name says so."""
     if (folder / "runs/small" / name / "model").exists():
         return
-    started = time.monotonic()
+    before = cpu_seconds()
     edit = edit_of(name)
     if edit:
         path, source = apply_edit(folder, edit)
@@ -101,7 +108,7 @@ def make_run(folder, name, flags):
     run_quietly(command, folder)
     if edit:
         path.write_text(source, encoding="utf-8")
-    print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    print(f"{name}: {cpu_seconds() - before:.0f} s", file=sys.stderr, flush=True)
 
 
 def failing_tests(folder, edit):
