@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,14 +81,13 @@ def edit_of(name):
 
 
 def apply_edit(folder, edit):
-    """Edit the clone -> (path, text before it)."""
+    """Edit the clone; ValueError if the text to edit is not there."""
     file, text, replacement = EDITS[edit]
     path = folder / file
     source = path.read_text(encoding="utf-8")
     if source.count(text) != 1:
         raise ValueError(f"{file} no longer has the text that the edit {edit} replaces")
     path.write_text(source.replace(text, replacement), encoding="utf-8")
-    return path, source
 
 
 def cpu_seconds():
@@ -98,26 +98,28 @@ def cpu_seconds():
 
 def make_run(folder, name, flags):
     """One run of train.py in the clone, unless it is there; edited if its name says so."""
-    if (folder / "runs/small" / name / "model").exists():
+    directory = folder / "runs/small" / name
+    if (directory / "model").exists():
         return
-    before = cpu_seconds()
+    shutil.rmtree(directory, ignore_errors=True)  # of a run that was interrupted
+    run_quietly(["git", "checkout", "--quiet", "."], folder)  # and its edit
     edit = edit_of(name)
     if edit:
-        path, source = apply_edit(folder, edit)
-    command = [sys.executable, "train.py", *shlex.split(flags), "--run-dir", f"runs/small/{name}"]
-    run_quietly(command, folder)
-    if edit:
-        path.write_text(source, encoding="utf-8")
+        apply_edit(folder, edit)
+    before = cpu_seconds()
+    command = [sys.executable, "train.py", *shlex.split(flags), "--run-dir", directory]
+    run_quietly([str(word) for word in command], folder)
+    if not (directory / "model").exists():
+        raise ValueError(f"the run {name} has failed")
     print(f"{name}: {cpu_seconds() - before:.0f} s", file=sys.stderr, flush=True)
 
 
 def failing_tests(folder, edit):
     """The last line of pytest on the mathematics, with an edit."""
-    path, source = apply_edit(folder, edit)
+    run_quietly(["git", "checkout", "--quiet", "."], folder)
+    apply_edit(folder, edit)
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_copo.py"]
-    lines = run_quietly(command, folder).splitlines()
-    path.write_text(source, encoding="utf-8")
-    return lines[-1]
+    return run_quietly(command, folder).splitlines()[-1]
 
 
 def read_lines(path):
@@ -146,9 +148,12 @@ def print_same(folder, first, second):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path, metavar="WORK", help="folder of the clone")
-    folder = parser.parse_args().work
+    folder = parser.parse_args().work.resolve()
     if not folder.exists():
         subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    origin = run_quietly(["git", "remote", "get-url", "origin"], folder).strip()
+    if origin != str(ROOT):  # edits are undone there: it must be a clone of ours
+        parser.error(f"{folder} is no clone of {ROOT} made by this program; name a new folder")
     print("commit", run_quietly(["git", "log", "-1", "--format=%h"], folder).strip())
     make_run(folder, "warm", WARM)
     flags = (folder / "docs/small.flags").read_text(encoding="utf-8")
