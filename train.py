@@ -98,9 +98,10 @@ def train(run):
         run.stop.raise_if_any_rank()
         rollout, rollout_metrics = collect_rollout(run)  # P groups of G graded responses
         free_sampler(run)
+        rewards, correct = rewards_to_train_on(run, rollout)
         advantages = copo.compute_advantages(
-            rollout.rewards,
-            rollout.correct,
+            rewards,
+            correct,
             rollout.classes,
             rollout.lengths,
             run.algorithm,
@@ -110,7 +111,7 @@ def train(run):
         if rollout_metrics["prompts_trained"] > 0:
             update_metrics = update_policy(run, rollout, advantages)
         state.count(rollout_metrics, args.group_size)
-        log_step(run, rollout, advantages, rollout_metrics | update_metrics)
+        log_step(run, rollout, correct, advantages, rollout_metrics | update_metrics)
     summarise(run)
 
 
@@ -182,6 +183,16 @@ def sample_groups(run, cursor, on_tokens):
         on_tokens=on_tokens,
         clock=run.clock,
     )
+
+
+def rewards_to_train_on(run, rollout):
+    """Rewards and verdicts (P,G): as graded, or, under --placebo, dealt to the responses at random.
+
+    On every rank the same: the rollout is whole on each, and the deal depends on (seed, step).
+    """
+    if not run.args.placebo:
+        return rollout.rewards, rollout.correct
+    return copo.permute_rewards(rollout.rewards, rollout.correct, run.args.seed, run.state.step)
 
 
 def draw_prompts(seed, cursor, count, size):
@@ -847,14 +858,17 @@ RUN_FILES = ("metrics.jsonl", "groups.jsonl", "eval.jsonl", "samples.txt")
 SAMPLES_EVERY = 10  # steps between entries in samples.txt
 
 
-def log_step(run, rollout, advantages, metrics):
-    """Write the step to metrics.jsonl, groups.jsonl, now and then samples.txt, and the console."""
+def log_step(run, rollout, correct, advantages, metrics):
+    """Write the step to metrics.jsonl, groups.jsonl, now and then samples.txt, and the console.
+
+    correct (P,G): the verdicts that trained, those of the rollout unless --placebo dealt others.
+    """
     step = run.state.step
-    metrics = step_metrics(run, rollout, advantages) | metrics
+    metrics = step_metrics(run, rollout, correct, advantages) | metrics
     if "local_share" in metrics:
         metrics["global_share"] = 1 - metrics["local_share"]
     raise_alarms(metrics, run.state)
-    groups = [json.dumps(line) for line in group_lines(step, rollout, advantages)]
+    groups = [json.dumps(line) for line in group_lines(run, rollout, correct, advantages)]
     append(run.directory / "groups.jsonl", groups)
     metrics |= speed_metrics(run.clock, metrics, int(rollout.lengths.sum()))
     append(run.directory / "metrics.jsonl", [json.dumps(metrics)])
@@ -865,16 +879,15 @@ def log_step(run, rollout, advantages, metrics):
         print0(table)
 
 
-def step_metrics(run, rollout, advantages):
+def step_metrics(run, rollout, correct, advantages):
     """What the groups of a step say, over all of them; docs/metrics.md explains each name."""
-    correct = rollout.correct
     effective = advantages.effective
     metrics = {
         "step": run.state.step,
         "loss": None,  # stays None if there was no update
         "grad_norm": None,
         "reward": mean(advantages.rewards),
-        "accuracy": mean(correct),
+        "accuracy": mean(rollout.correct),
         "consistency_entropy": mean(advantages.entropy),
         "local_weight": mean(advantages.weight),
         "length_mean": mean(rollout.lengths),
@@ -932,20 +945,20 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def group_lines(step, rollout, advantages):
+def group_lines(run, rollout, correct, advantages):
     """The step's lines for groups.jsonl: a dict a prompt, in data order."""
     # Six digits are enough to recompute every formula, at a third of the size.
     rounded = copo.Advantages(*(x.mul(1e6).round().div(1e6).tolist() for x in advantages))
     for i, problem in enumerate(rollout.problems):
         classes = rollout.classes[i].tolist()
         firsts = {label: classes.index(label) for label in sorted(set(classes))}
-        yield {
-            "step": step,
+        line = {
+            "step": run.state.step,
             "row": problem.row,
             "H": rounded.entropy[i],
             "R": rounded.global_rewards[i],
             "global_adv": rounded.global_adv[i],
-            "correct": rollout.correct[i].int().tolist(),
+            "correct": correct[i].int().tolist(),
             "reward": rounded.rewards[i],
             "class": classes,
             "length": rollout.lengths[i].tolist(),
@@ -954,6 +967,9 @@ def group_lines(step, rollout, advantages):
             "local_adv": rounded.local_adv[i],
             "answers": {str(label): rollout.answers[i][j] for label, j in firsts.items()},
         }
+        if run.args.placebo:
+            line["verdict"] = rollout.correct[i].int().tolist()  # the truth
+        yield line
 
 
 def one_line(text, width):
@@ -1673,6 +1689,12 @@ def build_parser():
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring alike")
     add("--rollout-batch", type=whole, help="rows that a rank samples at the same time (0 = all)")
     add("--max-rounds", type=count, default=4, help="rounds of dynamic sampling in a step")
+    add(
+        "--placebo",
+        action=yes_no,
+        default=False,
+        help="a control: deal each step's rewards and verdicts to its responses at random",
+    )
     add = parser.add_argument_group("grading").add_argument
     add("--reward", metavar="FILE.py:FUNCTION", help="your own grader, called like reward.grade")
     add("--verifier-workers", type=count, default=2, help="processes that grade responses")
@@ -1933,6 +1955,11 @@ def check_flags(args):
             "--blend local",
         ),
         (
+            not (args.placebo and args.dynamic_sampling),
+            "--placebo deals out the verdicts of all groups, --dynamic-sampling drops groups by "
+            "their verdicts: leave one of them out",
+        ),
+        (
             not args.compile or args.compile in compilers,
             "--compile {compile}: no such backend of torch.compile",
         ),
@@ -1943,6 +1970,7 @@ def check_flags(args):
     ]
     for holds, message in rules:
         require(holds, message.format(**vars(args)))
+    copo.check_algorithm(algorithm_of(args))
 
 
 def check_idle_flags(args, cli_args):

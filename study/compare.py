@@ -49,7 +49,7 @@ NOT_A_CONFIGURATION = {
 # Flags of run.json's format 1 that format 2 no longer has
 FORMER_FLAGS = {"eval_seed", "max_bad_updates", "rollout_memory", "samples_every"}
 # Flags that older runs lack, with what those runs did
-LATER_FLAGS = {"kl_estimator": "k3", "ratio": "token"}
+LATER_FLAGS = {"kl_estimator": "k3", "ratio": "token", "placebo": False}
 WHOLE_NUMBERS = ("tokens sampled", "seconds")  # all other statistics are shares
 
 

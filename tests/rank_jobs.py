@@ -1,8 +1,8 @@
 """What test_train_ranks.py has several ranks do besides whole runs: work(JOB, FILE, FLAGS), or,
 where it matters that torchrun started them, torchrun rank_jobs.py JOB FILE FLAGS…
 
-updates: one step's updates with every blend and with several token budgets, from the same weights;
-         gradients, metrics.
+updates: one step's updates with every blend, with one q per response and with several token
+         budgets, from the same weights; gradients, metrics.
 steps:   each step of another run again, from its checkpoint and with its responses (in FILE); the
          losses.
 uneven:  a run in which every second prompt's responses end at their first token, and all others run
@@ -71,12 +71,15 @@ def updates(argv, file):
     train.compute_logprobs = moved
     run.optimizer.step = step
     run.args.old_logprobs = "recompute"
-    for blend in copo.BLENDS:
-        for budget in BUDGETS if blend == "soft-zero" else BUDGETS[1:2]:
-            run.algorithm = dataclasses.replace(run.algorithm, blend=blend)
+    given = run.algorithm
+    rules = {blend: {"blend": blend} for blend in copo.BLENDS}
+    rules["sequence"] = {"ratio": "sequence"}
+    for name, changes in rules.items():
+        for budget in BUDGETS if name in ("soft-zero", "sequence") else BUDGETS[1:2]:
+            run.algorithm = dataclasses.replace(given, **changes)
             run.args.micro_tokens = budget
             metrics = train.update_policy(run, rollout, advantages_of(run, rollout))
-            found[f"{blend}, {budget} tokens"] = {"gradients": list(gradients), "metrics": metrics}
+            found[f"{name}, {budget} tokens"] = {"gradients": list(gradients), "metrics": metrics}
             gradients.clear()
     if train.rank() == 0:
         torch.save(found, file)

@@ -82,6 +82,7 @@ CHANGES = {
     "max_new_tokens": ({}, 4, metric("length_max")),
     "temperature": ({}, 0.5, metric("token_entropy", 0)),
     "max_rounds": ({"algo": "dapo", "group_size": 2}, 1, metric("sampling_rounds", 0)),
+    "placebo": ({"group_size": 8}, True, groups("local_adv")),
     "reward": ({}, "graded.py:grade", told("reward")),  # test_a_reward_of_ones_own_trains
     "verifier_timeout": ({}, 3.0, told("verifier_timeout")),
     "verifier_memory": ({}, 500, told("verifier_memory")),
@@ -558,6 +559,14 @@ REFUSALS = {
         {"blend": "global", "advantage": "batch"},
         "--advantage has no effect",
     ),
+    "a sign with a penalty": ({"advantage": "sign", "overlong_factor": 1}, "--overlong-factor"),
+    "a sign of dapo": ({"algo": "dapo", "advantage": "sign"}, "--overlong-factor must be 0"),
+    "unscaled verdicts": (
+        {"advantage": "w-reinforce", "scale_advantages": False},
+        "--no-scale-advantages",
+    ),
+    "a placebo for dapo": ({"algo": "dapo", "placebo": True}, "--placebo"),
+    "an unknown ratio": ({"ratio": "word"}, "word"),
     "buffer without factor": ({"overlong_buffer": 2}, "--overlong-buffer has no effect"),
     "rounds without dynamic": ({"max_rounds": 2}, "--max-rounds has no effect"),
     "sft rate without steps": ({"sft_lr": 0.1}, "--sft-lr has no effect"),

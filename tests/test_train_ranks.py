@@ -139,6 +139,20 @@ def test_several_ranks_give_the_run_of_one(runs, alone, ranks):
     assert any(line["mixed"] > 0 for line in tiny_runs.metrics(alone))
 
 
+def test_a_placebo_is_the_same_on_two_ranks(runs):
+    """With one q per response and an advantage of the whole step besides."""
+    flags = {**FLAGS, "steps": 3, "placebo": True, "ratio": "sequence", "advantage": "ebpo"}
+    flags |= {"blend": "soft"}
+    directory = runs.directory()
+    forked(runs, 2, train.main, runs.argv(flags, run_dir=directory))
+    alone = runs.new(**flags)
+    assert_same_run(alone, directory)
+    dealt = [tiny_runs.lines(path / "groups.jsonl") for path in (alone, directory)]
+    for ours, theirs in zip(*dealt, strict=True):
+        assert ours["correct"] == theirs["correct"] and ours["verdict"] == theirs["verdict"]
+    assert any(line["correct"] != line["verdict"] for line in dealt[0])
+
+
 def test_a_run_goes_from_one_rank_to_two_to_four_and_back(runs, alone):
     directory = runs.directory()
     train.main(runs.argv(FLAGS, run_dir=directory, steps=2))
@@ -153,8 +167,8 @@ def test_a_run_goes_from_one_rank_to_two_to_four_and_back(runs, alone):
 
 
 def test_gradients_do_not_depend_on_ranks_or_budgets(runs):
-    """Every blend, ratios that are not 1, ragged rows: gradients and metrics to 1e-9 of each
-    tensor's largest."""
+    """Every blend, one q per response, ratios that are not 1, ragged rows: gradients and metrics to
+    1e-9 of each tensor's largest."""
     flags = {**FLAGS, "max_grad_norm": 0.0}
     files = {ranks: runs.folder / f"updates{ranks}.pt" for ranks in (1, 2, 4)}
     for ranks, file in files.items():
@@ -162,10 +176,12 @@ def test_gradients_do_not_depend_on_ranks_or_budgets(runs):
     found = {ranks: torch.load(file) for ranks, file in files.items()}
     one = found[1]
     assert len({*one.pop("lengths").flatten().tolist()}) > 2
-    assert len(one) == len(train.copo.BLENDS) + 2
-    budgets = [one[f"soft-zero, {budget} tokens"] for budget in rank_jobs.BUDGETS]
+    assert len(one) == len(train.copo.BLENDS) + 5
     pairs = [(one[name], found[ranks][name]) for name in one for ranks in (2, 4)]
-    for ours, theirs in [*pairs, (budgets[0], budgets[1]), (budgets[0], budgets[2])]:
+    for rule in ("soft-zero", "sequence"):
+        budgets = [one[f"{rule}, {budget} tokens"] for budget in rank_jobs.BUDGETS]
+        pairs += [(budgets[0], budgets[1]), (budgets[0], budgets[2])]
+    for ours, theirs in pairs:
         assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-9, abs=1e-12)
         for before, after in zip(ours["gradients"], theirs["gradients"], strict=True):
             for name, gradient in before.items():

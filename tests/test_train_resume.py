@@ -54,6 +54,16 @@ def test_three_steps_and_three_more_are_six(runs, dtype):
     assert tiny_runs.difference(parts, whole) is None
 
 
+def test_a_placebo_goes_on_as_the_same_run(runs):
+    flags = {"placebo": True, "ratio": "sequence", "prompts_per_step": 8, "group_size": 8}
+    whole = runs.new(**flags, steps=4)
+    parts = runs.new(**flags, steps=2)
+    resume(parts, "--steps", 4)
+    assert tiny_runs.difference(parts, whole) is None
+    groups = tiny_runs.lines(whole / "groups.jsonl")
+    assert any(line["correct"] != line["verdict"] for line in groups)
+
+
 PLACES = [
     ("after log_step", 1),  # between steps, before the first checkpoint of a step
     ("before sample_groups", 4),  # during a step

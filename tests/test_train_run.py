@@ -209,6 +209,49 @@ def test_metrics_are_those_of_the_groups(runs):
     assert steps[-1]["responses"] == 96 and steps[-1]["cursor"] == 16
 
 
+def test_a_placebo_trains_on_the_steps_rewards_dealt_at_random(runs):
+    """What trained is "correct" with its reward, the truth is "verdict": the same as without, in
+    the first step, as is everything that no reward touches. Accuracy is the truth's."""
+    flags = {"group_size": 8, "prompts_per_step": 8, "overlong_factor": 0.5}
+    plain, placebo = runs.shared(**flags), runs.shared(**flags, placebo=True)
+    groups = tiny_runs.lines(placebo / "groups.jsonl")
+    moved = 0
+    for line in tiny_runs.metrics(placebo):
+        mine = [group for group in groups if group["step"] == line["step"]]
+        truth = torch.tensor([group["verdict"] for group in mine])
+        trained = torch.tensor([group["correct"] for group in mine])
+        dealt, _ = copo.permute_rewards(truth, truth.bool(), 0, line["step"] - 1)
+        assert torch.equal(trained, dealt)
+        assert line["accuracy"] == line["accuracy_drawn"] == pytest.approx(truth.double().mean())
+        # The penalty on length stays with the response that is long.
+        lengths = torch.tensor([group["length"] for group in mine])
+        penalty = copo.overlong_penalty(lengths, 6, 0.2, 0.5)
+        rewards = torch.tensor([group["reward"] for group in mine], dtype=torch.float64)
+        torch.testing.assert_close(rewards, dealt + penalty, atol=1e-6, rtol=0)
+        result = copo.compute_advantages(
+            rewards,
+            dealt.bool(),
+            torch.tensor([g["class"] for g in mine]),
+            None,
+            copo.Algorithm(),
+            6,
+        )
+        for name in ("local_adv", "weight"):
+            saved = torch.tensor([group[name] for group in mine], dtype=torch.float64)
+            torch.testing.assert_close(saved, getattr(result, name), atol=1e-5, rtol=0)
+        moved += int((trained != truth).sum())
+    assert moved > 0, "choose another seed"
+    untouched = ("row", "class", "length", "finished", "answers", "H")
+    for ours, theirs in zip(groups, tiny_runs.lines(plain / "groups.jsonl")):
+        if ours["step"] == 1:
+            assert ours["verdict"] == theirs["correct"] and "verdict" not in theirs
+            assert [ours[name] for name in untouched] == [theirs[name] for name in untouched]
+    sampled = (placebo / "samples.txt").read_text().split("step 2")[0]
+    of_plain = (plain / "samples.txt").read_text().split("step 2")[0]
+    for word in ("right", "wrong"):  # the truth, too
+        assert sampled.count(f"    {word}  A") == of_plain.count(f"    {word}  A")
+
+
 def test_run_json_says_what_was_run(runs):
     record = json.loads((runs.shared() / "run.json").read_text())
     assert set(record["flags"]) == set(vars(train.build_parser().parse_args([])))
