@@ -36,7 +36,7 @@ SYNC_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks at the finished r
 # Rows and keys of a decoding pass are rounded up to multiples of these, so that a GPU meets few
 # shapes: each new one costs it a plan, or a graph.
 ROW_STEP = {"cpu": 1, "cuda": 32}
-KEY_STEP = {"cpu": 32, "cuda": 256}
+KEY_STEP = {"cpu": 16, "cuda": 256}
 GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64  # the increment of splitmix64, as a signed number
 
 
@@ -90,10 +90,11 @@ def sample_token(logits, noise, temperature=1.0, top_p=1.0, top_k=0):
     """Tokens and their log-probs from logits (n,V) and noise (n,) in [0,1), by the inverse of the
     distribution function.
 
-    Temperature 0 takes the most likely token; its log-prob is then that of temperature 1."""
+    Temperature 0 takes the most likely token; its log-prob is then that of temperature 1.
+    Overwrites logits."""
     if temperature > 0:
-        logits = filter_logits(logits / temperature, top_p, top_k)
-    logits = logits - logits.amax(-1, keepdim=True)
+        logits = filter_logits(logits.div_(temperature), top_p, top_k)
+    logits.sub_(logits.amax(-1, keepdim=True))
     sums = logits.exp().cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
     if temperature > 0:

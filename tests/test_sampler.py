@@ -472,10 +472,10 @@ def test_a_rollout_allocates_one_cache_of_the_size_that_its_formula_says(monkeyp
         cache, addresses = made[-1]
         assert [layer.data_ptr() for layer in cache.layers] == addresses  # nothing grew
         sizes = {tuple(layer.shape) for layer in cache.layers}
-        assert sizes == {(2, 6, 2, 160, 4)}  # 130 in steps of 32
+        assert sizes == {(2, 6, 2, 144, 4)}  # 130 in steps of 16
         held = sum(layer.nbytes for layer in cache.layers)
         assert held == cache_bytes(model.config, 6, cache_capacity(130, "cpu"), torch.float32)
-        assert held == 2 * 2 * 6 * 2 * 160 * 4 * 4  # layers, k and v, rows, heads, tokens, E, bytes
+        assert held == 2 * 2 * 6 * 2 * 144 * 4 * 4  # layers, k and v, rows, heads, tokens, E, bytes
     assert len(made) == 10 and len(moves) > 10
     # Without max_tokens: what the prompts of this call need.
     generate(model, ragged_prompts([5, 40]), 1, [50, 3])
@@ -489,7 +489,7 @@ def test_no_row_is_written_beyond_its_limit(monkeypatch):
     positions, attention = [], KVCache.token_attention
 
     def watched(self, position, num_keys):
-        assert num_keys % 32 == 0 and int(position.max()) < num_keys
+        assert num_keys % 16 == 0 and int(position.max()) < num_keys
         positions.append(position.tolist())
         return attention(self, position, num_keys)
 
