@@ -53,6 +53,7 @@ LONG = {
     "python3 -m venv .venv": "the installation of the course, with the two commands below it",
     ".venv/bin/pip install -r requirements.txt matplotlib": "some minutes",
     ". .venv/bin/activate": "of the environment made above it",
+    "python docs/measure_lab.py WORK": "makes all runs of docs/lab.md: half an hour",
     "python train.py": "the demonstration, as above",
     "python train.py --reward format.py:grade": (
         "the demonstration with another reward; a test below trains a tiny model with it"
@@ -323,7 +324,7 @@ def test_metrics_page_names_what_runs_log(tmp_path, monkeypatch):
     runs = tiny_runs.Runs(tmp_path)
     with contextlib.redirect_stdout(io.StringIO()):
         plain = runs.new()
-        everything = runs.new(kl_coef=0.1, old_logprobs="recompute", dtype="bfloat16")
+        everything = runs.new(kl_coef=0.1, old_logprobs="recompute", dtype="bfloat16", placebo=True)
     logged = {"metrics": set(), "eval": set(), "groups": set()}
     for directory in (plain, everything):
         for name, names in logged.items():
