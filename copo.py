@@ -225,6 +225,12 @@ class Blend(NamedTuple):
     uses_entropy: bool
     gate: Callable
 
+    def has_local_term(self):
+        return self.gate is not no_response
+
+    def has_global_term(self):
+        return self.uses_entropy or self.gate is not every_response
+
 
 # To add a rule, enter it here: --blend and the advantage lab read this table.
 BLENDS = {
@@ -270,24 +276,23 @@ def clamped_difference(logprobs, old_logprobs):
     return (logprobs - old_logprobs).clamp(-20, 20)
 
 
-def token_ratio(logprobs, old_logprobs, mask):
-    # log q_bt = logp_bt − old_logp_bt                                                 (PPO, GRPO)
-    return logprobs, old_logprobs
+def token_log_ratio(logprobs, old_logprobs, mask):
+    # log q_bt = clamp(logp_bt − old_logp_bt, ±20)                                     (PPO, GRPO)
+    return clamped_difference(logprobs, old_logprobs)
 
 
-def sequence_ratio(logprobs, old_logprobs, mask):
+def sequence_log_ratio(logprobs, old_logprobs, mask):
     # log q_bt = clamp(1/|o_b| Σ_t (logp_bt − old_logp_bt), ±20), one for all tokens of row b
     #                                                                    (GSPO, arXiv 2507.18071)
     difference = torch.where(mask, logprobs - old_logprobs, 0.0)
     lengths = mask.sum(dim=1, keepdim=True)
     log_ratio = difference.sum(dim=1, keepdim=True) / lengths.clamp(min=1)
-    log_ratio = log_ratio.clamp(-20, 20).expand_as(logprobs)
-    return log_ratio, torch.zeros_like(log_ratio)
+    return log_ratio.clamp(-20, 20).expand_as(logprobs)
 
 
-# Each function takes logprobs, old_logprobs, mask (B,T) and returns two (B,T) whose difference is
-# log q: what clipped_loss takes. To add one, enter it here: --ratio and the lab read this table.
-RATIOS = {"token": token_ratio, "sequence": sequence_ratio}
+# Each function takes logprobs, old_logprobs, mask (B,T) and returns log q (B,T). To add one, enter
+# it here: --ratio and the lab read this table.
+RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}
 
 
 def clipped_loss(logprobs, old_logprobs, advantages, clip_low, clip_high, dual_clip):
@@ -546,9 +551,10 @@ def copo_loss(
     weight = advantages.weight.detach().to(logprobs)[:, None]
     global_weight = algorithm.global_coef * (1 - weight)
     clips = (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip)
-    ratio_terms = choose(RATIOS, algorithm.ratio, "ratio")(logprobs, old_logprobs, mask)
-    local_loss = clipped_loss(*ratio_terms, local_adv, *clips)
-    global_loss = clipped_loss(*ratio_terms, global_adv, *clips)
+    log_ratio = choose(RATIOS, algorithm.ratio, "ratio")(logprobs, old_logprobs, mask)
+    zero = torch.zeros_like(log_ratio)  # clipped_loss subtracts old log-probs: log q has none left
+    local_loss = clipped_loss(log_ratio, zero, local_adv, *clips)
+    global_loss = clipped_loss(log_ratio, zero, global_adv, *clips)
     # ℓ_COPO = w·ℓ(A^l) + coef·(1 − w)·ℓ(A^g)                               (authors: policy_loss)
     # The losses are blended, not the advantages: each is clipped by its own advantage's sign.
     token_loss = weight * local_loss + global_weight * global_loss
@@ -560,7 +566,7 @@ def copo_loss(
         token_loss = token_loss + algorithm.kl_coef * kl
     loss = aggregate(token_loss, mask, algorithm.aggregation, max_tokens, num_tokens, num_sequences)
     with torch.no_grad():
-        ratio = clamped_difference(*ratio_terms).exp()
+        ratio = log_ratio.exp()
         # KL(old ‖ new), of the update itself: between the tokens' distributions, whatever q is
         token_kl = k3(clamped_difference(logprobs, old_logprobs))
         metrics = {

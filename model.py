@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-FAMILIES = {"qwen2": True, "qwen3": False, "llama": False}  # model_type: do q, k and v have biases?
+
+class Family(NamedTuple):
+    """What differs between model types: mathematics, and what a missing field means."""
+
+    qkv_bias: bool  # the projections of q, k and v have biases
+    qk_norm: bool  # each query and key is normalised
+    window_has_switch: bool  # a window size counts only if use_sliding_window says so
+    default_kv_heads: int | None  # None: as many as query heads
+    default_head_dim: int | None  # None: hidden size over query heads
+
+
+FAMILIES = {  # by model_type
+    "qwen2": Family(True, False, True, 32, None),
+    "qwen3": Family(False, True, True, 32, 128),
+    "llama": Family(False, False, False, None, None),
+}
 # Fields of config.json that change what a model computes, and the one value implemented here. A
 # field that is null or missing always passes.
 SUPPORTED = {
@@ -94,7 +110,7 @@ class Config:
         family = given.get("model_type")
         if family not in FAMILIES:
             raise ValueError(
-                f"config.json: model_type {family!r} is not supported (only qwen2, qwen3 and llama)"
+                f"config.json: model_type {family!r} is not supported (only {', '.join(FAMILIES)})"
             )
         _refuse_unsupported(given, family)
         values = _defaults(given, family) | given | _parse_rope(raw)
@@ -108,9 +124,8 @@ class Config:
 
 def _refuse_unsupported(given, family):
     supported = dict(SUPPORTED)
-    # Qwen2 has its biases whatever this field says.
-    supported["attention_bias"] = FAMILIES[family]
-    if family == "llama":  # Qwen keeps a window size that only use_sliding_window switches on
+    supported["attention_bias"] = FAMILIES[family].qkv_bias
+    if not FAMILIES[family].window_has_switch:
         supported["sliding_window"] = None
     faults = [name for name, value in supported.items() if given.get(name, value) != value]
     if set(given.get("layer_types", [])) - {"full_attention"}:
@@ -125,10 +140,13 @@ def _refuse_unsupported(given, family):
 def _defaults(given, family):
     """What transformers takes for a field that is not there."""
     heads = given.get("num_attention_heads", 1)
-    defaults = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
-    defaults["num_key_value_heads"] = heads if family == "llama" else 32
-    defaults["head_dim"] = 128 if family == "qwen3" else given.get("hidden_size", 0) // heads
-    return defaults
+    head_dim = given.get("hidden_size", 0) // heads
+    return {
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": FAMILIES[family].default_kv_heads or heads,
+        "head_dim": FAMILIES[family].default_head_dim or head_dim,
+    }
 
 
 def _parse_rope(raw):
@@ -216,7 +234,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         size = config.hidden_size
-        bias = FAMILIES[config.model_type]
+        family = FAMILIES[config.model_type]
+        bias = family.qkv_bias
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(size, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(size, config.num_key_value_heads * config.head_dim, bias=bias)
@@ -224,7 +243,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, size, bias=False)
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
-        if config.model_type == "qwen3":
+        if family.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
 

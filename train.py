@@ -86,7 +86,7 @@ def train(run):
     run.clock.report()  # the first step's seconds are its own
     while True:
         sync_weights(run)
-        if is_due(state.step, args.eval_every, args.steps) and not already_evaluated(run):
+        if is_due(state.step, args.eval_every, args.steps) and needs_evaluation(run):
             log_evaluation(run, run_evaluation(run))
         with run.clock("save"):
             if state.step > 0 and is_due(state.step, args.save_every, args.steps):
@@ -116,7 +116,7 @@ def train(run):
 
 
 def is_due(step, every, last):
-    """True at step 0, at the last step, and every `every` steps in between (0: never)."""
+    """True at step 0, at the last step and, unless `every` is 0, every `every` steps between."""
     return step in (0, last) or (every > 0 and step % every == 0)
 
 
@@ -634,9 +634,9 @@ def split_by_token_budget(chunks, budget):
 EVAL_SEED = 0  # of an evaluation's noise, which is the same at every step and in every run
 
 
-def already_evaluated(run):
-    """True if there is nothing to evaluate, or a resumed run has evaluated this step before."""
-    return not run.held_out or run.state.step in dict(run.state.evaluations)
+def needs_evaluation(run):
+    """False without held-out problems, and where a resumed run has evaluated this step before."""
+    return bool(run.held_out) and run.state.step not in dict(run.state.evaluations)
 
 
 def run_evaluation(run):
@@ -867,7 +867,7 @@ def log_step(run, rollout, correct, advantages, metrics):
     metrics = step_metrics(run, rollout, correct, advantages) | metrics
     if "local_share" in metrics:
         metrics["global_share"] = 1 - metrics["local_share"]
-    raise_alarms(metrics, run.state)
+    warn_if_stuck(metrics, run.state)
     groups = [json.dumps(line) for line in group_lines(run, rollout, correct, advantages)]
     append(run.directory / "groups.jsonl", groups)
     metrics |= speed_metrics(run.clock, metrics, int(rollout.lengths.sum()))
@@ -1014,7 +1014,7 @@ def console_line(metrics, steps):
     ).format(**numbers, steps=steps, phases=" ".join(phases))
 
 
-def raise_alarms(metrics, state):
+def warn_if_stuck(metrics, state):
     """Warn of a run that cannot learn: at the third such step in a row, then at every tenth."""
     equal_rewards = metrics["zero_gradient_groups"] == 1 or metrics["prompts_trained"] == 0
     conditions = {
@@ -1189,7 +1189,7 @@ def is_sharded(args, ranks=None):
 def load_weights(run):
     """Load the model that is trained and the one that samples: one and the same, unless sharded."""
     args = run.args
-    run.sampler = load_frozen_copy(run, run.model.source)
+    run.sampler = load_copy(run, run.model.source)
     if is_sharded(args):
         shard(run.model, args)
     else:
@@ -1200,7 +1200,7 @@ def load_weights(run):
             block.compute = torch.compile(block.compute, backend=args.compile, dynamic=True)
 
 
-def load_frozen_copy(run, path, sharded=False):
+def load_copy(run, path, sharded=False):
     """The weights of a directory in the compute type: all, or this rank's shard of them."""
     args = run.args
     device = "meta" if sharded else args.device
@@ -1277,7 +1277,7 @@ def load_reference(run):
         path = run.directory / "reference"
         if run.state.step == 0:
             export(run, path.name, "float64" if run.args.dtype == "float64" else "float32")
-    return load_frozen_copy(run, path, sharded=world_size() > 1)
+    return load_copy(run, path, sharded=world_size() > 1)
 
 
 # ------------------------------------------------------------------------------- Start of the run
@@ -1919,14 +1919,10 @@ def resumed_flags(cli_args):
     return flags | {"run_dir": run_dir, "device": "auto"}
 
 
-def has_global_term(blend):
-    return blend.uses_entropy or blend.gate is not copo.every_response
-
-
 def check_flags(args):
     """Refuse flags that cannot work together."""
     compilers = torch.compiler.list_backends(exclude_tags=())
-    global_term = has_global_term(copo.BLENDS[args.blend])
+    global_term = copo.BLENDS[args.blend].has_global_term()
     rules = [
         (
             args.dual_clip == 0 or args.dual_clip > 1,
@@ -1979,11 +1975,11 @@ def check_idle_flags(args, cli_args):
     evaluation = "eval_every eval_samples eval_problems eval_temperature"
     idle = [
         (
-            not has_global_term(blend),
+            not blend.has_global_term(),
             "global_coef consistency_coef",
             "--blend {blend} has no global term",
         ),
-        (blend.gate is copo.no_response, "advantage", "--blend {blend} has no local term"),
+        (not blend.has_local_term(), "advantage", "--blend {blend} has no local term"),
         (not blend.uses_entropy, "gamma rho", "--blend {blend} does not look at the entropy"),
         (args.kl_coef == 0, "kl_estimator", "--kl-coef is 0"),
         (args.overlong_factor == 0, "overlong_buffer", "--overlong-factor is 0"),

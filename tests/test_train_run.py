@@ -475,7 +475,7 @@ def test_alarms_come_at_the_third_step_and_every_tenth(capsys):
     ):
         state, heard = train.State(), []
         for step in range(30):
-            train.raise_alarms(good | ({name: value} if step != 4 else {}), state)
+            train.warn_if_stuck(good | ({name: value} if step != 4 else {}), state)
             if word in capsys.readouterr().out:
                 heard.append(step)
         assert heard == [2, 7, 17, 27]
