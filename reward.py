@@ -249,10 +249,13 @@ FORMULA = re.compile(
     rf"|\\[(\[]({INSIDE})\\[)\]]",
     re.S,
 )
-# Between two boxes or formulas that are one answer: spaces, a comma, "and", "or", a short \text, the
-# name of a part such as (b).
+# The name of a part: (b), b), Part (b):, 2., (ii)
+PART = r"(?:[Pp]art )?\(?\b(?:[b-h2-8]|i{1,3}v?)[).]:?"
+# Between two boxes or formulas that are one answer: spaces, a comma, "and", "or", a short \text,
+# the name of a part.
 JOIN = re.compile(
-    r"(?:[\s$,;&]|\\[,;:! ()\[\]]|\\q?quad|\\(?:text|mbox)\{[^{}]{0,40}\}|\band\b|\bor\b|\([b-h2-8]\))*"
+    r"(?:[\s$,;&]|\\[,;:! ()\[\]]|\\q?quad|\\(?:text|mbox)\{[^{}]{0,40}\}|\band\b|\bor\b"
+    rf"|[.:](?=\s{{0,3}}{PART})|{PART})*"
 )
 NUMBER = re.compile(
     r"(?<![A-Za-z\d._^)])[-−‑]?(?<![A-Za-z\d._])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?"
@@ -272,14 +275,14 @@ SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>")
 SENTENCE_END = re.compile(r"(?<!\.)[.!?](?:\s|$)|[。！]")
 # What keeps a number behind it from being the answer: not 7, between 3 and 5, x \oplus 3 …
 HEDGE = re.compile(
-    r"\b(?:not|cannot|never|neither|nor|either|between|at (?:least|most)|(?:more|less|fewer|greater)"
-    r" than|or)\b|n't\b|\\[a-z]+\s*$|[-+*/^_=<>×·]\s*$",
+    r"\b(?:not|cannot|never|neither|nor|either|between|at (?:least|most)|or|except"
+    r"|(?:more|less|fewer|greater) than)\b|n't\b|\\[a-z]+\s*$|[-+*/^_=<>×·]\s*$",
     re.I,
 )
-NEGATED = re.compile(r"(?:\bnot|n't|\bnever|\bcannot)(?:\s+be)?\s*[$*]*$")
+NEGATED = re.compile(r"(?:\b(?:not|never|cannot|between \S+ and)|n't)(?:\s+be)?\s*[$*]*$")
 # … and in front of it: 3 or 5, 5 \oplus 3.
 CONTINUED = re.compile(
-    r"\s*(?:\\|[-+*/^_=<>!×·÷]|(?:or|to|plus|minus|times|over|less|more)\b)", re.I
+    r"\s*(?:[^\w\s,;:.()$%°\"'*–—-]|[-–—*]\s*\d|(?:or|to|plus|minus|times|over|less|more)\b)", re.I
 )
 
 
@@ -334,7 +337,7 @@ def last_answers(pieces, text):
     joined = pieces[-1:]
     for piece in reversed(pieces[-MAX_TOKENS:-1]):
         gap = text[piece.end : joined[0].start]
-        new_paragraph = "\n\n" in gap and "(" not in gap
+        new_paragraph = "\n\n" in gap and not re.search(PART, gap)
         if len(gap) > 80 or new_paragraph or not JOIN.fullmatch(gap):
             break
         joined.insert(0, piece)
@@ -472,7 +475,9 @@ def find_answer(text: str, in_thought: bool = False) -> Found:
             continue
         if name == "box" and not is_readable(answer):
             label = RULES["label"](reply[find_boxes(reply)[-1].end :])
-            if label and re.fullmatch("[A-J]", label):  # a statement in a box, then "Answer: D"
+            if label and re.fullmatch(
+                r"\(?[A-J]\)?", label
+            ):  # a statement in a box, then "Answer: D"
                 return Found(label, "label")
             if parse(answer).value is None:  # perhaps a sentence
                 inner = (RULES[other](answer) for other in INNER_RULES)
@@ -537,6 +542,7 @@ inf ∞
 pi π
 cents ¢
 \sqrt √
+\sqrt[3] ∛
 \cup ∪
 \setminus ∖
 \emptyset ∅
@@ -560,6 +566,7 @@ SIGNS = str.maketrans(
 )
 # Runs of raised and lowered signs: 10¹², x₁, 101₂.
 RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
+RAISED_FRACTION = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+[⁄/][₀₁₂₃₄₅₆₇₈₉]+")
 LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ]+")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 SPACED_THOUSANDS = re.compile(
@@ -569,15 +576,18 @@ EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3}){2,}|-?\d{1,3}(?:\.\d{3})+,\d+")
 TEXT = re.compile(
     r"\\(?:text|mbox|hbox|mathrm|mathsf|mathbf|operatorname)(?:bf|it|rm|normal|tt)?\s*\{([^{}]*)\}"
 )
-# What other spellings mean in ours: "pattern ==> replacement", in this order; no replacement: a space.
+# What other spellings mean in ours: "pattern ==> replacement", in this order. No replacement is a
+# space.
 REWRITES = r"""
 # the parts (a) 12, (b) 5 or (1) 12; (2) 5
-^\W*(?:text\{)?\(?\b[a1]\)[}\s]*(.+?)[,;.\s]+(?:\\text\{\s*)?\(?\b[b2]\)[}\s]*(.+)$ ==> \1, \2
-^(.+, .+?)[,;.\s]+(?:\\text\{\s*)?\(?\b[c3]\)[}\s]*(.+)$ ==> \1, \2
+^\W*(?:text\{)?\(?[a1i]\)[} ]*(.+?)[,;. ]{1,3}(?:\\text\{ ?)?\(?\b(?:b|2|ii)\)[} ]*(.+)$ ==> \1, \2
+^(.+, .+?)[,;.\s]{1,3}(?:\\text\{\s*)?\(?\b(?:c|3|iii)\)[}\s]*(.+)$ ==> \1, \2
 # a remark behind an answer: 25 (attained at x = 5)
 \\(?:text|mbox)\s*\{\s*(?=\((?:which|attained|achieved|reached|when|at|since|where|as|by)\b) ==>
 (?<=[\d})a-z])\s*\((?:which is )?(?:attained|achieved|reached|occurs|obtained)\b.*\)\s*\}?\s*$ ==>
 (?<=[\d})a-z])\s*\((?:when|at|since|because|where|as|by|double root)\b.*\)\s*\}?\s*$ ==>
+(?<=[\d})])\s*,?\s*\\text\{\s*,?\s*(?:attained |achieved )?(?:when|at)\b[^{}]*\}.*=.*$ ==>
+(?<=\d)\s*(?:\\ )?\([a-z]\s*=[^()]*\)$ ==>
 # dots; 0.333... and 0.1(6) repeat, 3.14159... is rounded
 (\.\s?){3,} ==> \\ldots
 (?<=[.\d])(\d)\1{1,30}\s?\\[cl]?dots ==> \\overline{\1}
@@ -589,7 +599,8 @@ REWRITES = r"""
 (?:\{\s*\})?\^\s*\{?\s*\\circ\s*\}? ==> °
 °\s*([CF])\b ==> °"\1"
 \\mathbb\s*\{?\s*R\s*\}?|(?i:\ball real numbers\b) ==> ℝ
-(?:\\text\s*\{\s*)?ℝ,?\s*except\s*(?:for)?\s*\}?\s*(?:[a-z]\s*=)?\s*([^{}]+)$ ==> ℝ\\setminus\\{\1\\}
+(?:\\text\{\s*)?ℝ,?\s*except\s*(?:for)?\s*\}?\s*(?:[a-z]\s*=)?\s*([^{}]+)$ ==> ℝ\\setminus\\{\1\\}
+ℝ\s*-\s*(?=\\\{) ==> ℝ\\setminus
 # 1.5 x 10^3, (0,1) U (2,3), x in (0,1), log2(8), option B, 3 square feet, 10:45 a.m.
 (?<=\d)\s*[xX]\s*(?=10\s?\^) ==> *
 (?<=[)\]}])\s*U\s*(?=[(\[\\]) ==> \\cup
@@ -600,14 +611,18 @@ REWRITES = r"""
 (?i:\b([ap])\.m\b\.?) ==> \1m
 # 3{:}45, 1{.}234, {10 \choose 3}, x^2_1, \color{red}
 \{\s*([:.])\s*\} ==> \1
+(?:\{\s*\})?[_^]\s*\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}? ==> \\binom{\1}{\2}
 \{\s*([^{}\\]+)\\choose\b\s*([^{}\\]+)\} ==> \\binom{\1}{\2}
 ([A-Za-z])\^(\w|\{[^{}]*\})\s*_(\w|\{[^{}]*\}) ==> \1_\3^\2
 \\(?:text)?color\s*\{[^{}]*\} ==>
 # rows: \left\{ that \right. closes; a comma or point at the end
 \\left\s*\\\{\s*(?=\\begin) ==>
 [.,;]\s*(?=\\\\(?!\w)|\\end\b|&) ==>
-# (1010)_2, 1010_{\text{two}}
-\((\d+)\)\s*_ ==> \1_
+# (1010)_2, 1010_{(2)}, 1010_{\text{two}}, 1010 (base 2)
+\((\d\w*)\)\s*_ ==> \1_
+_\{\(?(\d+)\)?\} ==> _{\1}
+_\{\\text\{base \}\s*(\d+)\} ==> _{\1}
+\s*(?:\\text\s*\{)?\s*\(?\s*(?:in )?base\s+(\d+)\s*\)?\s*\}?$ ==> _{\1}
 _\s*\{\s*\\text\s*\{\s*(\w+)\s*\}\s*\} ==> _{\1}
 _\{?two\}? ==> _2
 _\{?eight\}? ==> _8
@@ -621,12 +636,14 @@ _\{?ten\}? ==> _{10}
 (?i)\b(one|two|three|four|five|six|seven)-(\w*(?:ths?|thirds?|half|halves|quarters?))\b ==> \1 \2
 \\(?:mathbf|hat|vec|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}? ==> \1_{unit}
 (?<=\d)(?:\\[,;: ]|[\s~])*\\(?:Omega|ohm)\b ==> "ohm"
+\\frac\{\\(?:text|mathrm)\{(\w+)\}\}\{\\(?:text|mathrm)\{(\w+)\}\} ==> \\text{\1/\2}
 %(?=pi\b|[ei]\b) ==>
 # families: where k ∈ ℤ; k is an integer; (k ∈ ℤ)
 [,;]?\s*(?:\\text\s*\{\s*)?,?\s*(?:where|for|with)\b\s*\}?(?=\s*[a-z]\s*(?:\\in\b|\\text|is)) ==> ,
 [,;]?\s*(?:\\text\s*\{\s*)?,?\s*for (?:all|any|some)\b\s*\}?(?=\s*[a-z]\s*\\in\b) ==> ,
-([a-z])\s*(?:\\text\s*\{\s*)?is an(?:y)? integer\s*\}?$ ==> \1 \\in Z
-[,;]?\s*\(\s*([a-z]\s*\\in\b[^()]*)\)\s*$ ==> , \1
+([a-z])\s*(?:\\text\s*\{\s*)?(?:is )?an(?:y)? integer\s*\}?$ ==> \1 \\in Z
+,?\s*(?:\\text\s*\{\s*)?for (?:all|any|some) integers?\s*\}?\s*([a-z])$ ==> , \1 \\in Z
+(?:[,;]|\\[ ,;:])?\s*\(\s*([a-z]\s*\\in\b[^()]*)\)\s*$ ==> , \1
 """
 REWRITES = [
     (re.compile(pattern), new.strip() or " ")
@@ -657,9 +674,11 @@ def quote_unit(match):
 def normalise(text: str, thousands: bool = True) -> str:
     r"""Undo what does not change the mathematics: "$1,234.50$." -> "1234.50", "12\,345" -> "12345",
     "3½" -> "3 1/2"."""
+    text = RAISED_FRACTION.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
     text = LOWERED.sub(r"_{\g<0>}", RAISED.sub(r"^{\g<0>}", text))
     text = unicodedata.normalize("NFKC", text.translate(SIGNS)).replace("⁄", "/")
     text = text.replace("\u2212", "-").replace(r"\$", ' "dollar" ').replace("$", " ")
+    text = re.sub(r"\s+", " ", text)  # one space: the rules below take linear time
     text = COMPOUND_NUMBER.sub(
         lambda match: str(int(DIGITS[match[1].lower()]) + int(DIGITS[match[2].lower()])), text
     )
@@ -728,8 +747,9 @@ TOKEN = re.compile(
 
 
 DROPPED = str.split(
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits "
-    "nolimits mathbb mathbf boldsymbol bm vec mathit mathrm operatorname rm bf it space large Large LARGE huge Huge small normalsize"
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle "
+    "scriptstyle limits nolimits mathbb mathbf boldsymbol bm vec mathit mathrm mathtt operatorname "
+    "textsf emph underline rm bf it space large Large LARGE huge Huge small normalsize"
 )
 # Each command (without its backslash) or sign -> our spelling of it.
 SPELLINGS = dict.fromkeys(DROPPED, "") | read_table(r"""
@@ -763,6 +783,7 @@ SPELLINGS = dict.fromkeys(DROPPED, "") | read_table(r"""
 phi varphi
 epsilon varepsilon
 inf infty
+\ldots dots cdots dotsc
 """)
 LONG_NAMES = sorted((name for name in KNOWN if len(name) > 1), key=len, reverse=True)
 GLUED = re.compile(rf"({'|'.join(LONG_NAMES)})([A-Za-z]{{1,2}})$")  # sinx, lnx, pir
@@ -844,6 +865,7 @@ kPa kPa kilopascal
 am am
 pm pm
 """)
+VALUE_WORDS = {*str.split("doubled tripled halved less below gross score tens wrong incorrect")}
 UNIT_SIGNS = {*"^/*123{}-"}
 
 
@@ -1165,6 +1187,7 @@ NO_SOLUTION = {
     "no solutions",
     "no real solution",
     "no real solutions",
+    "none",
     "empty set",
 }
 
@@ -1260,7 +1283,7 @@ class Parser:
         while self.peek in RELATIONS:
             op = self.next().text
             if op == "∈":
-                self.bound.append(self.tokens[self.at - 2].text)
+                self.note_bound(self.at - 2, self.at - 1)
             side = self.side()
             if op == "~" and not name_of(sides[-1]):  # 1/3 ≈ 0.33 is 1/3; but x ≈ 11 is x = 11
                 continue
@@ -1327,6 +1350,8 @@ class Parser:
                 value = WORD_FUNCTIONS[self.next().text](value)
             self.read_unit(bool(value.free_symbols))
             value = Leaf(value, self.rounded, self.unit, self.modulus())
+        if words[-1:] == ["is"] and isinstance(value, Leaf | Seq):  # Ann is 5
+            value = Relation((" ".join(words[:-1]), value), ("=",))
         self.unit, self.rounded = outer
         return value
 
@@ -1358,11 +1383,14 @@ class Parser:
         start = self.at
         words = ["%"] if self.accept("%") else []
         while self.kind == "text" or (words and (self.kind == "name" or self.peek in UNIT_SIGNS)):
+            in_exponent = words[-1:] in (["^"], ["{"], ["-"])
             if self.peek in ("and", "or") or (self.peek == "}" and "{" not in words):
                 break
-            if self.peek == "-" and words[-1] not in ("^", "{"):
+            if self.peek in {*"-123"} and not in_exponent:
                 break
             words.append(self.next().text)
+        if not VALUE_WORDS.isdisjoint(words):
+            raise Unparsed("a word that changes the value")
         units = [word if word in UNIT_SIGNS else unit_name(word) for word in words]
         if None not in units:
             self.unit = re.sub("[{}]", "", "".join(units)) or self.unit
@@ -1571,6 +1599,8 @@ class Parser:
         self.bars = outer
         if template:
             return build_set(template, joined)
+        if is_set and items and is_membership(items[-1]):  # {2k, k ∈ ℤ}
+            return self.join(items, start)
         if is_set or (opening == "{" and len(items) > 1):
             return Seq("set", tuple(items))
         if len(items) > 1:
@@ -1587,15 +1617,19 @@ class Parser:
             texts = [token.text for token in self.tokens[place:stop]]
             if is_bar and place > start and not RELATIONS.isdisjoint(texts):
                 self.tokens[place] = Token("op", SUCH_THAT)
-                self.bound += [
-                    token.text for token in self.tokens[start:place] if token.kind == "name"
-                ]
+                self.note_bound(start, place)
                 template = self.relation()
                 self.expect(SUCH_THAT)
                 return template
             if text == "|":
                 bars += 1
         return None
+
+    def note_bound(self, start, end):
+        """The variables between two places may have any name."""
+        for token in self.tokens[start:end]:
+            if token.kind == "name" and token.text not in KNOWN:
+                self.bound.append(token.text)
 
     def bracketed(self, value):
         """The value of (…); its unit goes to what is around it: (5 cm) + ..., (50%)."""
@@ -1671,7 +1705,7 @@ def value_of_rows(rows, closing):
         return Seq("matrix", tuple(Seq("matrix", tuple(row)) for row in rows))
     if "matrix" in closing:
         raise Unparsed("not a matrix")
-    if "cases" in closing and lengths == {2} and not isinstance(rows[0][0], Relation):
+    if lengths == {2} and not isinstance(rows[0][0], Relation):
         return Seq("cases", tuple(Seq("case", tuple(row)) for row in rows))
     return join_values(cells, "")
 
@@ -1696,7 +1730,10 @@ def is_condition(value):
 
 def join_values(values, word):
     """Several values between which `word` stands: "and", "or"; "" for commas or both."""
-    values = share_modulus(values)
+    real = [value for value in values if not is_of_reals(value)]  # x ∈ ℝ says nothing
+    values = share_modulus(real or values)
+    if len(values) == 1:
+        return values[0]
     if is_membership(values[-1]):  # 3k, k ∈ ℤ
         count = next(i for i, value in enumerate(values) if is_membership(value))
         if count > 0 and all(map(is_membership, values[count:])):
@@ -1711,7 +1748,7 @@ def join_values(values, word):
 
 
 def chained(relations):
-    """2 < x and x < 5 -> 2 < x < 5; x ≠ 1 and x ≠ 2 -> their intervals; None for other conditions."""
+    """2 < x and x < 5 -> 2 < x < 5; x ≠ 1 and x ≠ 2 -> intervals; None for other conditions."""
     names = {first_name(relation) for relation in relations}
     sides = [side for relation in relations for side in relation.sides]
     ops = [op for relation in relations for op in relation.ops]
@@ -1725,6 +1762,10 @@ def chained(relations):
         if name_of(low.sides[1]) and name_of(high.sides[0]):
             return Relation((*low.sides, high.sides[1]), low.ops + high.ops)
     return None
+
+
+def is_of_reals(value):
+    return isinstance(value, Relation) and value.ops == ("∈",) and value.sides[1] == REAL_LINE
 
 
 def is_membership(value):
@@ -1799,8 +1840,8 @@ def value_of_words(words):
     """Words without articles, or what they say a thing is: "The triangle is isosceles" ->
     "isosceles"; "no solution" -> the empty set."""
     words = [word for word in words if word not in ("a", "an", "the")]
-    if "is" in words:
-        last_is = max(place for place, word in enumerate(words) if word == "is")
+    if "is" in words or "are" in words:
+        last_is = max(place for place, word in enumerate(words) if word in ("is", "are"))
         words = words[last_is + 1 :] or words
     text = " ".join(words)
     if text in NO_SOLUTION:
@@ -1857,10 +1898,9 @@ def parse(text: str, thousands: bool = True, renamed: tuple = ()) -> Parsed:
     try:
         tokens = tokenise(text)
         spelling = "".join(map(spelling_of, tokens))
-        names = {name: f"bound {i}" for i, name in enumerate(renamed)}
-        parser = Parser(
-            [token._replace(text=names.get(token.text, token.text)) for token in tokens]
-        )
+        names = {Token("name", name): f"bound {i}" for i, name in enumerate(renamed)}
+        tokens = [token._replace(text=names.get(token, token.text)) for token in tokens]
+        parser = Parser(tokens)
         value = parser.answer()
         if count_leaves(value) > MAX_LEAVES:
             raise Unparsed("too many values")
@@ -1945,7 +1985,7 @@ def numeric_value(expr, point: Point) -> Number:
 
 
 def numeric_sum(values):
-    """A sum that nearly vanishes beside its terms is 0 seen through rounding: sin 1 ² + cos 1 ² - 1.
+    """A sum that nearly vanishes beside its terms is 0 seen through rounding: sin²1 + cos²1 - 1.
     The precision follows the spread of the terms, so that no term is lost like that."""
     total = sum(values)
     sizes = [NUMBERS.mag(value) for value in values if value]
@@ -2218,7 +2258,7 @@ bare lists: in any order, each value as often, with the same labels
     \angle A=3,\angle B=6 != \angle A=6,\angle B=3    A(1,2),B(3,4) != A(3,4),B(1,2)
 systems and cases: the equations as a list; the cases in any order
     \begin{cases}x=3\\y=-1\end{cases} == x=3,y=-1
-    \begin{cases}x&x>0\\0&x<0\end{cases} == \begin{cases}0,&\text{if }x<0\\x,&\text{if }x>0\end{cases}
+    \begin{cases}x&x>0\\0&x<0\end{cases} == \begin{cases}0,&x<0\\x,&\text{if }x>0\end{cases}
 choices: the letter, or what stands behind it
     (C) 15 == C    (C) 15 == 15    A != a
 words, and what is not in the grammar: the same text
@@ -2491,8 +2531,8 @@ VALUE = re.compile(
 
 
 def read_clock(text):
-    """(minutes on a dial of 12 hours, am or pm or "") of 4:20 pm, 16:20 and 4:20; None for other text
-    and for times that no clock shows."""
+    """(minutes on a dial of 12 hours, am or pm or "") of 4:20 pm, 16:20 and 4:20; None for other
+    text and for times that no clock shows."""
     match = CLOCK.fullmatch(text)
     hour, minute, half = match.groups("") if match else ("", "", "")
     if not (minute or half) or int(minute or 0) > 59 or int(hour) > (12 if half else 24):

@@ -24,14 +24,23 @@ TOKENS = str.split(r"""
 \left \right \cup \setminus \mathbb{R} \emptyset \infty \circ ^\circ \sum_{k=1}^{3} \prod_{k=1}^{
 \overline{3} \text{ \text{cm} cm dollars million and or yes (A) \begin{ \begin{pmatrix}
 \end{pmatrix} \boxed{ \boxed{7} Answer: answer final is the <answer> </answer> #### ** <think>
-</think> \n\n ′ ½ ² π √ ∞ ≤ − １ \ud800 \x00""")
+</think> \n\n ′ ½ ² π √ ∞ ≤ − １ \ud800 \x00 \pmod{ \pmod{7} (mod \mod \equiv ≡ \mid \mathbb{Z}
+1:2:3 :30 pm am p.m. \begin{cases} \end{cases} \begin{aligned} \end{aligned} \begin{array}{l} if k
+\text{or} \text{and} \text{dozen} tenths squared factorial half \text{not} \ldots ... … ¹² ₂ ⁻ ‑ ⅜
+\mathrm{N} ^\circ\text{C} \text{base } (a) (b) \angle \choose \operatorname{sgn} cis \text{is}
+\mathbf{i} \color{red} {:} 1{.}234 to except""")
 ORDINARY = r"""
 1/2;\frac{1}{2};3\frac12;-1,234.5;0.1\overline{6};x^2+2x+1;(x+1)^2;\sin^2 x+\cos^2 x;\sqrt[3]{-8};
 \sqrt{x^2};|x-1|;\$5;$0.50;\{1,2,3\};(1,2];(-\infty,1)\cup(2,\infty);x\le 3;1<x\le 2;
 x=1 \text{ or } x=2;\frac{1\pm\sqrt2}{2};52_8;33.5\%;\begin{pmatrix}1&2\\3&4\end{pmatrix};
 5\text{ cm}^2;50 cents;\binom{2n}{n};n!/(n-1)!;\log_2 8;\lfloor n/2\rfloor;\sum_{k=1}^{10} k^2;
 f(x)=x^2;y=2x+1;2\pi r;e^{i\theta};90^\circ;\text{Yes};(C) 15;P(X=2)=\frac14;x\ne 1;2 million;
-\mathbb{R}\setminus\{1\};1.5 \times 10^3;\frac{x^2-1}{x-1};\ln|x|+C
+n\equiv 1\pmod 4;x \equiv 1, 3 \pmod{8};\{3k \mid k\in\mathbb{Z}\};1:2:3;a:b:c=3:4:6;4:20 PM;16:20;
+\frac{\pi}{4}+k\pi, k \in \mathbb{Z};\angle A=30^\circ, \angle B=60^\circ;A(1,2), B(3,4);
+5\text{ dozen};x>2 \text{ and } x<5;\begin{cases}x=3\\y=-1\end{cases};
+\begin{cases}x&x>0\\0&x<0\end{cases};10¹²;\lceil (n-1)/2\rceil;\ln|x-5|;e^{100}+1;\tanh 50;1,1,2;
+(a) 12, (b) 5;12\,\mathrm{kg\cdot m/s};\mathbb{R}\setminus\{1\};1.5 \times 10^3;\frac{x^2-1}{x-1};
+\ln|x|+C
 """.replace("\n", "").split(";")
 WRAPS = (
     "{}",
@@ -71,8 +80,9 @@ def run(left: str, right: str, noise: random.Random) -> None:
     response = noise.choice(WRAPS).format(left)
     reward.explain(response, right, require_value=noise.random() < 0.3)
     verdicts = (reward.is_equivalent(left, right), reward.is_equivalent(right, left))
-    assert verdicts in ((True, True), (False, False)), f"not symmetric: {verdicts}"
     assert all(type(verdict) is bool for verdict in verdicts)
+    if not any(":" in text or "\uff1a" in text for text in (left, right)):  # times look at one side
+        assert verdicts[0] == verdicts[1], f"not symmetric: {verdicts}"
     assert reward.is_equivalent(left, left) or not left.strip(), "not equal to itself"
     reward.answer_classes([left, right, None, left])
 
