@@ -118,7 +118,7 @@ def round_up(number, step):
 
 def cache_capacity(tokens, device):
     """Tokens that a row of the cache has room for, where prompt and response have `tokens`."""
-    return round_up(tokens, KEY_STEP[torch.device(device).type])
+    return round_up(tokens, KEY_STEP[device])
 
 
 def cache_bytes(config, rows, capacity, dtype):
@@ -374,7 +374,7 @@ def generate(
     step=0,
     rows=None,
     max_rows=0,
-    max_tokens=0,
+    cache_tokens=0,
     on_tokens=None,
     clock=nullcontext,
 ):
@@ -382,10 +382,10 @@ def generate(
 
     max_new_tokens: one limit, or one for each of the B rows. rows: the data row of each prompt, on
     which its noise depends (0, 1, 2, … unless given). max_rows: rows in flight, at most (0: all).
-    max_tokens: what the cache has room for in each row (0: what these prompts need); one number for
-    many calls spares a GPU's allocator many sizes. on_tokens(count) is told now and then how many
-    tokens came since the last call; what it raises ends the sampling. clock("prefill") is entered
-    around the passes over prompts."""
+    cache_tokens: what the cache has room for in each row (0: what these prompts need); one number
+    for many calls spares a GPU's allocator many sizes. on_tokens(count) is told now and then how
+    many tokens came since the last call; what it raises ends the sampling. clock("prefill") is
+    entered around the passes over prompts."""
     total_rows = len(prompts) * group_size
     limits = max_new_tokens
     if isinstance(max_new_tokens, int):
@@ -394,7 +394,7 @@ def generate(
     longest = _check_request(model, prompts, group_size, limits, rows)
     max_rows = min(max_rows or total_rows, total_rows)
     device = model.model.embed_tokens.weight.device.type
-    capacity = cache_capacity(max(longest, max_tokens), device)
+    capacity = cache_capacity(max(longest, cache_tokens), device)
     keys = noise_key(seed, step, torch.tensor(rows)[:, None], torch.arange(group_size)).flatten()
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     decoder = Decoder(model, max_rows, capacity, limits, keys, stop_ids, sampling)
@@ -504,6 +504,9 @@ def init_distributed(device, timeout):
     """Meet the other processes that torchrun started, if it did.
 
     timeout: seconds that a rank waits for another before it gives up."""
+    if device == "cuda":
+        # cuDNN's attention takes 0.4 s to plan for each new shape, and decoding meets many.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if device == "cuda":
@@ -550,14 +553,12 @@ def on_all_ranks(work):
     try:
         result = work()
     except (ValueError, OSError) as error:
-        failure = (ValueError, str(error))
+        failure = ValueError(str(error))
     except Interrupted as error:
-        failure = (Interrupted, str(error))
+        failure = error
     failures = [each for each in all_gather(failure) if each]
-    for kind in (ValueError, Interrupted):  # an error is told even where another rank was stopped
-        for failed, message in failures:
-            if failed is kind:
-                raise kind(message)
+    if failures:  # an error is told even where another rank was stopped
+        raise min(failures, key=lambda each: isinstance(each, Interrupted))
     return result
 
 

@@ -336,7 +336,7 @@ def fragmentation(args):
     reserved = []
     for seed in range(10):
         prompts, limits = workload(model.config.vocab_size, rows, 1, 2, 8 + 2 * seed, seed)
-        sampler.generate(model, prompts, 1, limits, max_rows=rows, max_tokens=512)
+        sampler.generate(model, prompts, 1, limits, max_rows=rows, cache_tokens=512)
         if args.device == "cuda":
             reserved.append(torch.cuda.memory_reserved() / GIB)
     if reserved and reserved[-1] > reserved[0]:

@@ -157,7 +157,7 @@ def test_the_cache_is_bounded_by_its_formula(monkeypatch):
         model = tiny(torch.bfloat16, "cuda")
         for limit in (10, 27, 15):
             prompts = ragged_prompts(3, longest=30 + limit)
-            generate(model, prompts, 4, limit, max_rows=7, max_tokens=300, stop_ids=[3])
+            generate(model, prompts, 4, limit, max_rows=7, cache_tokens=300, stop_ids=[3])
     expected = cache_bytes(model.config, 7, cache_capacity(300, "cuda"), torch.bfloat16)
     assert cache_capacity(300, "cuda") == 512 and len(made) == 3
     for cache in made:

@@ -449,7 +449,7 @@ def test_cache_in_pieces_equals_one_pass(kind):
 
 
 def test_a_rollout_allocates_one_cache_of_the_size_that_its_formula_says(monkeypatch):
-    """With max_tokens ten rollouts take ten times the same, whatever their prompts: a GPU's
+    """With cache_tokens ten rollouts take ten times the same, whatever their prompts: a GPU's
     allocator then needs no more than for the first."""
     made, moves, init, move_rows = [], [], KVCache.__init__, KVCache.move_rows
 
@@ -468,7 +468,7 @@ def test_a_rollout_allocates_one_cache_of_the_size_that_its_formula_says(monkeyp
     for seed in range(10):
         lengths = [1 + (seed * 7 + i * 3) % 30 for i in range(5)]
         prompts = ragged_prompts(lengths, seed=seed)
-        generate(model, prompts, 2, limits, seed=seed, max_rows=6, max_tokens=130)
+        generate(model, prompts, 2, limits, seed=seed, max_rows=6, cache_tokens=130)
         cache, addresses = made[-1]
         assert [layer.data_ptr() for layer in cache.layers] == addresses  # nothing grew
         sizes = {tuple(layer.shape) for layer in cache.layers}
@@ -477,7 +477,7 @@ def test_a_rollout_allocates_one_cache_of_the_size_that_its_formula_says(monkeyp
         assert held == cache_bytes(model.config, 6, cache_capacity(130, "cpu"), torch.float32)
         assert held == 2 * 2 * 6 * 2 * 144 * 4 * 4  # layers, k and v, rows, heads, tokens, E, bytes
     assert len(made) == 10 and len(moves) > 10
-    # Without max_tokens: what the prompts of this call need.
+    # Without cache_tokens: what the prompts of this call need.
     generate(model, ragged_prompts([5, 40]), 1, [50, 3])
     assert made[-1][0].layers[0].shape == (2, 2, 2, 64, 4)
 
