@@ -363,11 +363,13 @@ def pretended_gpu():
     """Everything inside may use the device "cuda". -> Gpu, the counts."""
     gpu = Gpu()
     only_cpu = torch._C._only_lift_cpu_tensors()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch._C._set_only_lift_cpu_tensors(True)  # or torch.tensor would build on another device
     with contextlib.ExitStack() as stack:
         for owner, name, new in cuda_stubs(gpu) + replacements(gpu):
             stack.enter_context(mock.patch.object(owner, name, new))
         stack.enter_context(mock.patch.object(PretendedTensor, "gpu", gpu))
         stack.callback(torch._C._set_only_lift_cpu_tensors, only_cpu)
+        stack.callback(torch.backends.cuda.enable_cudnn_sdp, cudnn)
         stack.enter_context(Dispatch(gpu))
         yield gpu

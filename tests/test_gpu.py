@@ -262,7 +262,10 @@ def runs(tmp_path_factory):
         with pretended_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "train_minibatch", counted(train.train_minibatch, updates))
             patch.setattr(train, "update_policy", counted(train.update_policy, policies))
+            assert torch.backends.cuda.cudnn_sdp_enabled()
             train.main(argv)
+            # It would plan for each shape of attention that it meets, 0.4 s each.
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
     return directories, updates, policies
 
 
