@@ -295,13 +295,17 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.compiled = None  # compute() as --compile makes it: for training, never for sampling
 
-    def forward(self, *inputs):
+    def forward(self, x, cos, sin, attention, packing):
+        compute = self.compute
+        if self.compiled and packing is not None:
+            compute = self.compiled
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, *inputs, use_reentrant=False)
-        return self.compute(*inputs)
+            return checkpoint(compute, x, cos, sin, attention, packing, use_reentrant=False)
+        return compute(x, cos, sin, attention, packing)
 
-    def compute(self, x, cos, sin, attention, packing):  # what --compile compiles
+    def compute(self, x, cos, sin, attention, packing):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention, packing)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -50,12 +50,14 @@ from tqdm import tqdm
 
 import copo
 from eval import maj_at_k, mean_at_k, number_in
-from model import Config, Transformer, model_directory, read_weights
+from model import CHUNK_LOGITS, Config, Transformer, model_directory, read_weights
 from reward import SHAPES, Verifier, load_problems, same_text
 from sampler import (
     INSTRUCTION,
     Interrupted,
     all_gather,
+    cache_bytes,
+    cache_capacity,
     encode_prompt,
     exit_with_error,
     generate_rollout,
@@ -180,6 +182,7 @@ def sample_groups(run, cursor, on_tokens):
         temperature=args.temperature,
         stop_ids=run.stop_ids,
         max_rows=args.rollout_batch,
+        cache_tokens=args.max_prompt_tokens + args.max_new_tokens,
         on_tokens=on_tokens,
         clock=run.clock,
     )
@@ -293,7 +296,7 @@ def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs):
     num_tokens = int(rollout.lengths.flatten()[rows].sum())
     num_tokens = torch.full((), num_tokens, device=args.device)
     num_sequences = torch.full((), len(rows), device=args.device)
-    for batch in micro_batches(prompt_response_pairs(rollout, rows), args):
+    for batch, is_last in micro_batches(prompt_response_pairs(rollout, rows), args):
         with run.clock("forward"):
             logprobs, entropy = batch.response_logprobs(run.model, args.temperature)
             old = logprobs.detach() if old_logprobs is None else batch.rows_of(old_logprobs)
@@ -309,8 +312,7 @@ def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs):
                 ref_logprobs=None if ref_logprobs is None else batch.rows_of(ref_logprobs),
             )
         with run.clock("backward"):
-            # FSDP averages gradients over ranks; the loss is the sum of the ranks' shares.
-            (loss * world_size()).backward()
+            backward(run, loss, is_last)
         loss_sum += loss.detach()
         metrics["token_entropy"] = copo.sum_and_count(entropy, batch.mask)
         if old_logprobs is None or args.old_logprobs == "recompute":
@@ -324,6 +326,17 @@ def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs):
     with run.clock("optimizer"):
         applied = optimizer_step(run, loss_sum, lr, sums)
     return applied, sums
+
+
+def backward(run, loss, is_last):
+    """Add the gradient of a micro-batch; is_last: of its update.
+
+    Ranks exchange gradients in every backward pass, or in the last one if --defer-gradient-sync.
+    """
+    if run.args.defer_gradient_sync:
+        run.model.set_requires_gradient_sync(is_last)
+    # FSDP averages gradients over ranks; the loss is the sum of the ranks' shares.
+    (loss * world_size()).backward()
 
 
 MAX_BAD_UPDATES = 5  # non-finite updates in a row before the run ends
@@ -391,7 +404,7 @@ def compute_logprobs(run, model, rollout, rows):
     result = torch.zeros_like(rollout.logprobs.flatten(0, 1))
     pairs = prompt_response_pairs(rollout, rows)
     with torch.no_grad(), run.clock("logprobs"):
-        for batch in micro_batches(pairs, run.args):
+        for batch, _ in micro_batches(pairs, run.args):
             logprobs, _ = batch.response_logprobs(model, run.args.temperature)
             result[batch.rows, : logprobs.shape[1]] = logprobs.to(result.dtype)
         if world_size() > 1:
@@ -439,10 +452,10 @@ def sft_minibatch(run, pairs, sums):
     args = run.args
     num_tokens = sum(len(solution) for _, solution in pairs.values())
     loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)
-    for batch in micro_batches(pairs, args):
+    for batch, is_last in micro_batches(pairs, args):
         logprobs, _ = batch.response_logprobs(run.model)
         loss = -logprobs.sum() / num_tokens
-        (loss * world_size()).backward()
+        backward(run, loss, is_last)
         loss_sum += loss.detach()
     step = run.state.sft_step
     rise = (step + 1) / max(args.sft_steps * 0.05, 1)
@@ -553,7 +566,8 @@ def prompt_response_pairs(rollout, rows):
 
 
 def micro_batches(pairs, args):
-    """This rank's MicroBatches of {row: (prompt, response)}, which is the same on every rank.
+    """This rank's MicroBatches of {row: (prompt, response)}, the same on every rank, each with True
+    if it is the last.
 
     Every FSDP forward and backward is a collective, so all ranks need the same number of
     micro-batches: a rank that has fewer runs empty ones.
@@ -563,8 +577,10 @@ def micro_batches(pairs, args):
     for share in balance_over_ranks(chunks, world_size()):
         parts.append(split_by_token_budget(share, args.micro_tokens))
     mine = parts[rank()]
-    for number in range(max(map(len, parts))):
-        yield collate(mine[number] if number < len(mine) else [], pairs, args.device)
+    count = max(map(len, parts))
+    for number in range(count):
+        chunks = mine[number] if number < len(mine) else []
+        yield collate(chunks, pairs, args.device), number == count - 1
 
 
 @dataclass
@@ -655,6 +671,7 @@ def run_evaluation(run):
             temperature=args.eval_temperature,
             stop_ids=run.stop_ids,
             max_rows=args.rollout_batch,
+            cache_tokens=args.max_prompt_tokens + args.max_new_tokens,
             on_tokens=on_tokens,
         )
 
@@ -1197,7 +1214,7 @@ def load_weights(run):
     for block in run.model.model.layers:
         block.activation_checkpointing = args.activation_checkpointing
         if args.compile:
-            block.compute = torch.compile(block.compute, backend=args.compile, dynamic=True)
+            block.compiled = torch.compile(block.compute, backend=args.compile, dynamic=True)
 
 
 def load_copy(run, path, sharded=False):
@@ -1299,6 +1316,8 @@ def setup(args):
     masters = "float64" if args.dtype == "float64" else "float32"
     source = args.model or TINY_MODEL
     model, tokenizer, stop_ids = load_model(source, masters, "meta", args.stop, args.seed)
+    if args.device == "cuda" and args.rollout_batch == 0:
+        choose_rollout_batch(model.config, args)
     check_memory(model.config, args)
     problems, prompts, held_out, held_out_prompts = read_data(args, tokenizer)
     solutions = encode_solutions(args, tokenizer, problems) if args.sft_steps else {}
@@ -1478,9 +1497,8 @@ def write_run_info(run, **entries):
 def memory_plan(config, args, ranks):
     """GiB that each of `ranks` ranks needs at the longest prompts and responses: {purpose: GiB}.
 
-    "exact" sums up the weights, gradients and optimiser that are there at the same time. "total"
-    adds estimates: a rollout's cache, or what an update gathers from other ranks and keeps of a
-    micro-batch for the backward pass.
+    "exact" sums up the weights, gradients and optimiser that are there at the same time. "update"
+    and "rollout" add estimates of what else these phases hold; "total" is the larger of the two.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -1496,32 +1514,62 @@ def memory_plan(config, args, ranks):
     if not is_sharded(args, ranks):
         sampler = gathered = 0
     reference = narrow * parameters / ranks if args.kl_coef else 0
+    all_gradients = wide * parameters if args.defer_gradient_sync else 0
     longest = args.max_prompt_tokens + args.max_new_tokens
-    rows = math.ceil(args.prompts_per_step / ranks) * args.group_size
-    rows = min(rows, args.rollout_batch or rows)
-    kv_size = 2 * config.num_key_value_heads * config.head_dim
-    cache = rows * longest * layers * kv_size * narrow
+    rows = rows_in_flight(args, ranks)
+    capacity = cache_capacity(longest, args.device)
+    cache = cache_bytes(config, rows, capacity, DTYPES[args.dtype])
+    # The mask, and what drawing a token makes of the logits: float32 twice and float64 once.
+    decoding = rows * (capacity * narrow + 16 * config.vocab_size)
+    # A chunk of logits, its exponentials and its gradient.
+    chunks = 3 * wide * CHUNK_LOGITS[args.device]
     # Each layer keeps of a token the inputs of its norms, its matrices and its attention.
+    kv_size = 2 * config.num_key_value_heads * config.head_dim
     in_layer = 7 * config.hidden_size + 4 * config.intermediate_size + kv_size
     kept = layers * in_layer
     if args.activation_checkpointing:
         kept = layers * config.hidden_size + in_layer
     activations = max(args.micro_tokens, longest) * kept * narrow
     always = 3 * masters + reference
-    update = masters + (0 if args.free_sampler else sampler)
+    update = always + masters + all_gradients + (0 if args.free_sampler else sampler)
+    rollout = always + sampler
     plan = {
         "masters": masters,
-        "gradients": masters,
+        "gradients": masters + all_gradients,
         "optimiser": 2 * masters,
         "sampler": sampler,
         "reference": reference,
         "kv cache": cache,
+        "decoding": decoding,
         "gathered": gathered,
         "activations": activations,
-        "exact": always + max(update, sampler),
-        "total": always + max(update + gathered + activations, sampler + cache),
+        "logits": chunks,
+        "exact": max(update, rollout),
+        "update": update + gathered + activations + chunks,
+        "rollout": rollout + cache + decoding,
     }
+    plan["total"] = max(plan["update"], plan["rollout"])
     return {name: size / 2**30 for name, size in plan.items()}
+
+
+def rows_in_flight(args, ranks):
+    """Rows that a rank samples at the same time, at most: --rollout-batch, or all of its own."""
+    rows = math.ceil(args.prompts_per_step / ranks) * args.group_size
+    return min(rows, args.rollout_batch or rows)
+
+
+def choose_rollout_batch(config, args):
+    """What --rollout-batch 0 means on a GPU: all of a rank's rows, or half of them, and so on, until
+    the plan of a rollout fits in 0.9 of the device.
+
+    Chosen once and kept in run.json; what is free at the moment has no say.
+    """
+    total, _ = device_memory(args.device)
+    args.rollout_batch = rows_in_flight(args, world_size())
+    while memory_plan(config, args, world_size())["rollout"] > 0.9 * total:
+        if args.rollout_batch == 1:
+            break
+        args.rollout_batch = math.ceil(args.rollout_batch / 2)
 
 
 def print_plan(args):
@@ -1575,7 +1623,6 @@ DEMO_SIZES = {
     "group_size": 6,
     "minibatch_prompts": 40,
     "rollout_batch": 0,
-    "micro_tokens": 2048,
     "lr": 2e-4,
     "beta2": 0.95,
     "warmup_updates": 0,
@@ -1595,7 +1642,6 @@ PAPER_SIZES = {
     "group_size": 6,
     "minibatch_prompts": 32,
     "rollout_batch": 256,
-    "micro_tokens": 4096,
     "lr": 1e-6,
     "beta2": 0.999,
     "warmup_updates": 0,
@@ -1605,6 +1651,8 @@ PAPER_SIZES = {
     "eval_every": 10,
     "save_every": 10,
 }
+# --micro-tokens unless it is given: a CPU is as fast with few, a GPU wants many.
+MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 # Where, how long, how often, how fast: a resumed run may change these without a word.
 MAY_CHANGE_ON_RESUME = {
     "run_dir",
@@ -1623,6 +1671,7 @@ MAY_CHANGE_ON_RESUME = {
     "cpu_offload",
     "free_sampler",
     "compile",
+    "defer_gradient_sync",
     "plan",
 }
 # What its checkpoints were made with. Other flags may change, with a warning.
@@ -1789,6 +1838,19 @@ def build_parser():
         help="give the sampling copy's memory back for the updates",
     )
     add(
+        "--defer-gradient-sync",
+        action=yes_no,
+        default=False,
+        help="exchange gradients once an update, not in every micro-batch: less traffic, but whole "
+        "gradients on every rank",
+    )
+    add(
+        "--float32-matmul-precision",
+        choices=["highest", "high", "medium"],
+        default="highest",
+        help="of float32 matrix products; high: TF32 on a GPU",
+    )
+    add(
         "--compile",
         metavar="BACKEND",
         help="torch.compile for the layers that are trained, such as inductor",
@@ -1847,6 +1909,8 @@ def parse_args(argv):
     args = argparse.Namespace(**(values | cli_args))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() or args.plan else "cpu"
+    if not args.micro_tokens:
+        args.micro_tokens = MICRO_TOKENS[args.device]
     if not args.old_logprobs:
         args.old_logprobs = "recompute" if args.dtype == "bfloat16" else "sampler"
     check_flags(args)
@@ -1988,7 +2052,7 @@ def check_idle_flags(args, cli_args):
         (not args.eval_data, evaluation, "there is no --eval-data"),
         (
             not is_sharded(args, args.plan),
-            "free_sampler",
+            "free_sampler defer_gradient_sync",
             "one process in full precision samples with what it trains",
         ),
     ]
@@ -2053,6 +2117,7 @@ def main(argv=None):
         args = parse_args(argv)
         if args.plan:
             return print_plan(args)
+        torch.set_float32_matmul_precision(args.float32_matmul_precision)
         init_distributed(args.device, args.timeout)
         # torchrun's workers on several machines may see different things: rank 0's flags count.
         args = all_gather(args)[0]

@@ -71,18 +71,25 @@ def updates(argv, file):
     train.compute_logprobs = moved
     run.optimizer.step = step
     run.args.old_logprobs = "recompute"
+    exchanges = []
+    if train.world_size() > 1:
+        set_sync = run.model.set_requires_gradient_sync
+        run.model.set_requires_gradient_sync = lambda now: (exchanges.append(now), set_sync(now))
     given = run.algorithm
     rules = {blend: {"blend": blend} for blend in copo.BLENDS}
     rules["sequence"] = {"ratio": "sequence"}
+    rules["deferred"] = {}  # gradients exchanged once an update
     for name, changes in rules.items():
-        for budget in BUDGETS if name in ("soft-zero", "sequence") else BUDGETS[1:2]:
+        several = name in ("soft-zero", "sequence", "deferred")
+        for budget in BUDGETS if several else BUDGETS[1:2]:
             run.algorithm = dataclasses.replace(given, **changes)
+            run.args.defer_gradient_sync = name == "deferred" and train.world_size() > 1
             run.args.micro_tokens = budget
             metrics = train.update_policy(run, rollout, advantages_of(run, rollout))
             found[f"{name}, {budget} tokens"] = {"gradients": list(gradients), "metrics": metrics}
             gradients.clear()
     if train.rank() == 0:
-        torch.save(found, file)
+        torch.save(found | {"exchanges": exchanges}, file)
 
 
 def steps(argv, file):

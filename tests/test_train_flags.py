@@ -142,6 +142,8 @@ SAME_NUMBERS = {
     "free_sampler": (True, "size of the copy during updates"),
     "old_logprobs": ("recompute", "calls of compute_logprobs"),
     "compile": ("eager", "backend of the layers"),
+    "defer_gradient_sync": (True, "exchanges of an update"),  # test_train_ranks.py
+    "float32_matmul_precision": ("high", "what torch was told"),
     "timeout": (5.0, "time-out of the process group"),
     "plan": (8, "what is printed instead of a run"),
 }
@@ -290,12 +292,61 @@ def test_compiled_layers_change_no_number(runs, monkeypatch):
         "compile",
         lambda *rest, **more: (seen.append(more["backend"]), inner(*rest, **more))[1],
     )
+    passes = []
+    block = train.Transformer.forward
+
+    def watched(model, *args, packing=None, **more):
+        passes.append((packing is not None, torch.is_grad_enabled()))
+        return block(model, *args, packing=packing, **more)
+
+    monkeypatch.setattr(train.Transformer, "forward", watched)
     other = runs.new(compile="eager")
     assert seen == ["eager", "eager"]  # layers
+    # Only packed passes run compiled layers, and those that sample are not packed.
+    assert {packed for packed, with_gradient in passes if with_gradient} == {True}
+    assert (False, False) in passes
     for ours, theirs in zip(
         tiny_runs.metrics(other), tiny_runs.metrics(runs.shared()), strict=True
     ):
         assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+
+
+def test_sampling_never_runs_a_compiled_layer():
+    from model import Block, Config
+
+    block = Block(Config.parse(tiny_runs.CONFIG | {"vocab_size": 14}))
+    block.compute = lambda *_: "as it is"
+    block.compiled = lambda *_: "compiled"
+    assert block(None, None, None, None, None) == "as it is"
+    assert block(None, None, None, None, ("pad_index", "unpad_index")) == "compiled"
+
+
+def test_matmul_precision_is_what_the_flag_says(runs, monkeypatch):
+    said = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    runs.new(float32_matmul_precision="high", steps=0)
+    runs.new(steps=0)
+    assert said == ["high", "highest"]
+
+
+def test_rows_in_flight_on_a_gpu_follow_from_the_plan(runs, monkeypatch):
+    """--rollout-batch 0: all rows where they fit into 0.9 of the device, else the halves that do,
+    whatever is free."""
+    config = train.Config.parse(QWEN_7B)
+    argv = ["--model", "x", "--data", "y", "--rollout-batch", "0", "--plan", "1"]
+    args = train.parse_args([*argv, "--prompts-per-step", "64", "--minibatch-prompts", "64"])
+    args.device, args.cpu_offload, chosen = "cuda", True, []
+    for rows in (384, 192, 96):
+        args.rollout_batch = rows
+        needed = train.memory_plan(config, args, 1)["rollout"]
+        for free in (0.0, 2**20):
+            monkeypatch.setattr(
+                train, "device_memory", lambda _, size=needed, free=free: (size / 0.899, free)
+            )
+            args.rollout_batch = 0
+            train.choose_rollout_batch(config, args)
+            chosen.append(args.rollout_batch)
+    assert chosen == [384, 384, 192, 192, 96, 96]
 
 
 def test_timeout_is_that_of_the_process_group(runs, monkeypatch):
@@ -441,6 +492,9 @@ def test_plan_counts_by_hand(tmp_path, capsys):
     assert plan["kv cache"] == round(256 * 3072 * 28 * 8 * 128 * 2 / 2**30, 2)
     assert plan["exact"] == pytest.approx(3.55 + 3.55 + 7.09 + 14.19, abs=0.02)
     assert plan["total"] > plan["exact"]
+    # the mask of bfloat16, and 16 bytes for each id of a row's logits
+    assert plan["decoding"] == round(256 * (3072 * 2 + 16 * 152064) / 2**30, 2)
+    assert plan["logits"] == round(3 * 4 * train.CHUNK_LOGITS["cuda"] / 2**30, 2)
     # which one process would refuse
     train.main(["--model", str(tmp_path), "--plan", "2", "--free-sampler"])
     assert "each of 2 ranks" in capsys.readouterr().out

@@ -167,18 +167,24 @@ def test_a_run_goes_from_one_rank_to_two_to_four_and_back(runs, alone):
 
 
 def test_gradients_do_not_depend_on_ranks_or_budgets(runs):
-    """Every blend, one q per response, ratios that are not 1, ragged rows: gradients and metrics to
-    1e-9 of each tensor's largest."""
+    """Every blend, one q per response, gradients exchanged once an update, ratios that are not 1,
+    ragged rows: gradients and metrics to 1e-9 of each tensor's largest."""
     flags = {**FLAGS, "max_grad_norm": 0.0}
     files = {ranks: runs.folder / f"updates{ranks}.pt" for ranks in (1, 2, 4)}
     for ranks, file in files.items():
         job(runs, ranks, "updates", file, runs.argv(flags, run_dir=runs.directory()))
     found = {ranks: torch.load(file) for ranks, file in files.items()}
+    exchanges = {ranks: each.pop("exchanges") for ranks, each in found.items()}
+    for ranks in (
+        2,
+        4,
+    ):  # three budgets of two updates each: the last micro-batch of each exchanges
+        assert exchanges[ranks].count(True) == 6 < len(exchanges[ranks])
     one = found[1]
     assert len({*one.pop("lengths").flatten().tolist()}) > 2
-    assert len(one) == len(train.copo.BLENDS) + 5
+    assert len(one) == len(train.copo.BLENDS) + 8
     pairs = [(one[name], found[ranks][name]) for name in one for ranks in (2, 4)]
-    for rule in ("soft-zero", "sequence"):
+    for rule in ("soft-zero", "sequence", "deferred"):
         budgets = [one[f"{rule}, {budget} tokens"] for budget in rank_jobs.BUDGETS]
         pairs += [(budgets[0], budgets[1]), (budgets[0], budgets[2])]
     for ours, theirs in pairs:
@@ -268,7 +274,7 @@ def test_empty_micro_batches_fill_up_the_shorter_ranks(monkeypatch):
     seen = []
     for rank in range(2):
         monkeypatch.setattr(train, "rank", lambda rank=rank: rank)
-        batches = list(train.micro_batches(pairs, args))
+        batches = [batch for batch, _ in train.micro_batches(pairs, args)]
         seen.append([(batch.rows.tolist(), batch.mask.sum(1).tolist()) for batch in batches])
     assert seen[0] == [([0], [6]), ([0], [0])]  # the second has no tokens: its row is a stand-in
     assert seen[1] == [([1], [1]), ([2], [1])]
