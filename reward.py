@@ -564,6 +564,7 @@ SIGNS = str.maketrans(
     {sign: f" {new} " if len(new) > 2 or new == "pi" else new for sign, new in SIGNS.items()}
     | {'"': " ", "\u200b": "", "\ufeff": ""}
 )
+SIMPLE = re.compile(r"[-+\d/ ]*(?:\.\d+)?")  # has nothing to rewrite
 # Runs of raised and lowered signs: 10¹², x₁, 101₂.
 RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
 RAISED_FRACTION = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+[⁄/][₀₁₂₃₄₅₆₇₈₉]+")
@@ -580,8 +581,8 @@ TEXT = re.compile(
 # space.
 REWRITES = r"""
 # the parts (a) 12, (b) 5 or (1) 12; (2) 5
-^\W*(?:text\{)?\(?[a1i]\)[} ]*(.+?)[,;. ]{1,3}(?:\\text\{ ?)?\(?\b(?:b|2|ii)\)[} ]*(.+)$ ==> \1, \2
-^(.+, .+?)[,;.\s]{1,3}(?:\\text\{\s*)?\(?\b(?:c|3|iii)\)[}\s]*(.+)$ ==> \1, \2
+^\W*(?:text\{)?\([a1i]\)[}\s]*(.+?)[,;.\s]{1,3}(?:\\text\{ ?)?\((?:b|2|ii)\)[}\s]*(.+)$ ==> \1, \2
+^(.+, .+?)[,;.\s]{1,3}(?:\\text\{ ?)?\((?:c|3|iii)\)[}\s]*(.+)$ ==> \1, \2
 # a remark behind an answer: 25 (attained at x = 5)
 \\(?:text|mbox)\s*\{\s*(?=\((?:which|attained|achieved|reached|when|at|since|where|as|by)\b) ==>
 (?<=[\d})a-z])\s*\((?:which is )?(?:attained|achieved|reached|occurs|obtained)\b.*\)\s*\}?\s*$ ==>
@@ -682,7 +683,7 @@ def normalise(text: str, thousands: bool = True) -> str:
     text = COMPOUND_NUMBER.sub(
         lambda match: str(int(DIGITS[match[1].lower()]) + int(DIGITS[match[2].lower()])), text
     )
-    for pattern, new in REWRITES:
+    for pattern, new in () if SIMPLE.fullmatch(text) else REWRITES:
         text = pattern.sub(new, text)
     text = UNIT_TEXT.sub(quote_unit, text)
     text = TEXT.sub(quote_words, text)
@@ -2127,7 +2128,18 @@ def equal_at(x, y, point, precision, approximate):
     if point.kind == "positive" and left.imag and right.imag:
         return None  # neither is a real number: which branch it is on does not count
     tolerance = NUMBERS.mpf(1e-6) if approximate else NUMBERS.ldexp(1, -precision // 2)
-    return bool(abs(left - right) <= tolerance * max(abs(left), abs(right)))
+    if abs(left - right) <= tolerance * max(abs(left), abs(right)):
+        return True
+    return is_zero_at(x, point, precision) and is_zero_at(y, point, precision)
+
+
+def is_zero_at(expr, point, precision):
+    """Whether a value shrinks as the precision grows: cos(π/2), which rounding keeps from 0."""
+    rough = value_at(expr, point, precision)
+    if size_of(rough.value) > -precision // 2:
+        return not rough.value
+    fine = value_at(expr, point, 4 * precision)
+    return fine is not None and (not fine.value or size_of(fine.value) < 2 * size_of(rough.value))
 
 
 def choose_points(x, y):
@@ -2152,9 +2164,8 @@ def choose_points(x, y):
         centers = [*constants, *(-constant for constant in constants)]
         points = [Point(kind, k, 0.25, center) for center in centers for k in (0, 1)]
         return points + [Point(kind, k, (1, 4, 20, 500)[k // 4]) for k in range(16)]
-    points = [Point("complex", k) for k in range(5)]
-    sizes = (4, 20, 500) if one.rooted else ()
-    return points + [Point(kind, k, size) for k, size in enumerate(sizes)]
+    points = [Point("complex", k) for k in range(4)]
+    return points + [Point(kind, k, size) for k, size in enumerate((10, 500)) if one.rooted]
 
 
 def choose_precision(x, y):
@@ -2369,7 +2380,7 @@ def denoted_value(relation):
         if len(sides) == 2 and names[1] and is_constant(sides[0]):
             return sides[0]
         constants = [side for side in sides if is_constant(side)]
-        if not all(equal_leaves(side, constants[-1]) for side in constants[:-1]):
+        if not any(names) and not all(equal_leaves(constants[0], it) for it in constants[1:]):
             return None  # 3 = 5
         calculated = is_constant(sides[-1]) and (len(sides) > 2 or is_constant(sides[0]))
         return sides[-1] if names[0] or calculated else None
@@ -2472,6 +2483,8 @@ def equal_lists(left, right):
         return len(left.items) == len(right.items) and all(
             map(equal_values, left.items, right.items)
         )
+    if all(isinstance(item, Seq) for item in left.items + right.items):  # points repeat nothing
+        return is_within(left.items, right.items) and is_within(right.items, left.items)
     return equal_in_some_order(left.items, right.items)
 
 
