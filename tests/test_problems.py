@@ -352,11 +352,11 @@ def test_train_draws_from_a_part_of_the_data_and_resume_from_the_same(runs, caps
 def test_eval_takes_the_same_flags(runs, monkeypatch, capsys):
     seen = []
 
-    def look(model, tokenizer, problems, *_, **__):
+    def look(model, tokenizer, verifier, problems, *_, **__):
         seen.append(problems)
         raise ValueError("enough")
 
-    monkeypatch.setattr(evaluation, "evaluate", look)
+    monkeypatch.setattr(evaluation, "generate_rollout", look)
     argv = [
         "--model",
         runs.base["model"],
