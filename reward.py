@@ -250,7 +250,7 @@ FORMULA = re.compile(
     re.S,
 )
 # The name of a part: (b), b), Part (b):, 2., (ii)
-PART = r"(?:[Pp]art )?\(?\b(?:[b-h2-8]|i{1,3}v?)[).]:?"
+PART = r"(?:[Pp]art )?\(?\b(?:(?:[b-h2-8]|i{1,3}v?)\)|[2-8]\.):?"
 # Between two boxes or formulas that are one answer: spaces, a comma, "and", "or", a short \text,
 # the name of a part.
 JOIN = re.compile(
@@ -276,13 +276,14 @@ SENTENCE_END = re.compile(r"(?<!\.)[.!?](?:\s|$)|[。！]")
 # What keeps a number behind it from being the answer: not 7, between 3 and 5, x \oplus 3 …
 HEDGE = re.compile(
     r"\b(?:not|cannot|never|neither|nor|either|between|at (?:least|most)|or|except"
-    r"|(?:more|less|fewer|greater) than)\b|n't\b|\\[a-z]+\s*$|[-+*/^_=<>×·]\s*$",
+    r"|(?:more|less|fewer|greater) than)\b|n't\b|\\[a-z]+\s*$|[-+*/^_×·]\s*$",
     re.I,
 )
 NEGATED = re.compile(r"(?:\b(?:not|never|cannot|between \S+ and)|n't)(?:\s+be)?\s*[$*]*$")
 # … and in front of it: 3 or 5, 5 \oplus 3.
 CONTINUED = re.compile(
-    r"\s*(?:[^\w\s,;:.()$%°\"'*–—-]|[-–—*]\s*\d|(?:or|to|plus|minus|times|over|less|more)\b)", re.I
+    r"\s*(?:[^\w\s,;:.(){}\]$%°\"'*/–—-]|[-–—*]\s*\d|or\b|(?:to|plus|minus) [\d\\$])",
+    re.I,
 )
 
 
@@ -375,9 +376,9 @@ def from_clause(pattern, text):
     numbers = [*NUMBER.finditer(sentence)]
     if numbers:  # "42, since 6 x 7 = 42", but "Jane started 3 hours ago"
         number = numbers[0] if numbers[0].start() == 0 else numbers[-1]
-        hedged = HEDGE.search(sentence, 0, number.start()) or CONTINUED.match(
-            sentence, number.end()
-        )
+        before = sentence[max(0, number.start() - 40) : number.start()]
+        hedged = HEDGE.search(before) and not before.rstrip(" $").endswith("=")
+        hedged = hedged or CONTINUED.match(sentence, number.end())
         return sentence if hedged else number[0]
     return sentence if 0 < len(sentence.split()) <= 5 else None
 
@@ -1351,7 +1352,8 @@ class Parser:
                 value = WORD_FUNCTIONS[self.next().text](value)
             self.read_unit(bool(value.free_symbols))
             value = Leaf(value, self.rounded, self.unit, self.modulus())
-        if words[-1:] == ["is"] and isinstance(value, Leaf | Seq):  # Ann is 5
+        named = words[-1:] == ["is"] and self.peek not in RELATIONS
+        if named and isinstance(value, Leaf | Seq):  # Ann is 5
             value = Relation((" ".join(words[:-1]), value), ("=",))
         self.unit, self.rounded = outer
         return value
@@ -2479,7 +2481,8 @@ def equal_lists(left, right):
     """In any order, but each value as often: 1,1,2 is not 1,2,2. Labels count: not x = 1, y = 2 and
     x = 2, y = 1; a list without labels is in the order of one with labels."""
     labels = [labels_of(seq) for seq in (left, right)]
-    if bool(labels[0]) != bool(labels[1]) and len({*labels[0], *labels[1]}) > 1:
+    in_order = bool(labels[0]) != bool(labels[1]) and "set" not in (left.kind, right.kind)
+    if in_order and len({*labels[0], *labels[1]}) > 1:
         return len(left.items) == len(right.items) and all(
             map(equal_values, left.items, right.items)
         )

@@ -7,6 +7,7 @@ outlives its parent."""
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
