@@ -20,6 +20,7 @@ thread or the load. Killable workers are the second line of defence.
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -77,6 +78,7 @@ WRAPPED = re.compile(
     re.S,
 )
 HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?/(.+)")
+SURROGATE = re.compile("[\ud800-\udfff]")  # stands for half of a character: no text has it
 MISSING = object()
 
 
@@ -88,6 +90,7 @@ class Problem(NamedTuple):
     answer: str
     solution: str | None
     require_value: bool
+    messages: list | None = None  # a conversation, which a prompt holds as it is
 
 
 def same_text(problem: str) -> str:
@@ -109,12 +112,28 @@ def download(path):
         raise ValueError(f"{path}: {error}") from error
 
 
+def fingerprint(path):
+    """Size and SHA-256 of a file; of weights, the SHA-256 of their names and shapes only."""
+    if path.startswith("hf://"):
+        path = download(path)
+    with open(path, "rb") as file:
+        if path.endswith(".safetensors"):
+            header = int.from_bytes(file.read(8), "little")  # bytes
+            digest = hashlib.sha256(file.read(header))
+        else:
+            digest = hashlib.file_digest(file, "sha256")
+    return f"{os.path.getsize(path)} bytes, sha256 {digest.hexdigest()[:16]}"
+
+
 def read_jsonl(path, file):
-    with open(file, encoding="utf-8") as text:
-        for row, line in enumerate(text):
+    with open(file, "rb") as lines:
+        for row, line in enumerate(lines):
             try:
-                if line.strip():
-                    yield row, json.loads(line)
+                text = line.decode("utf-8-sig")  # -sig: a byte order mark is no part of it
+                if text.strip():
+                    yield row, json.loads(text)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{row + 1}: not UTF-8 text ({error})") from None
             except ValueError as error:
                 message = f"{path}:{row + 1}: not JSON ({error}); write one object a line"
                 raise ValueError(message) from None
@@ -161,11 +180,28 @@ def find_shape(line, shapes, place):
     return shapes[0]  # named by the user; read_problem says what is missing
 
 
+def read_messages(messages):
+    """Chat messages with their contents as text, which may be parts; [] if one has no text."""
+    read = []
+    for message in messages:
+        content = field_of(message, "content")
+        if isinstance(content, list):
+            texts = [field_of(part, "text") for part in content]
+            content = MISSING if MISSING in texts else "".join(texts)
+        if not isinstance(content, str):
+            return []
+        read.append(message | {"content": content})
+    return read
+
+
 def read_problem(line, row, shape, place):
     """The problem in a line, its answer as it stands. Fields are refused by file and line."""
     problem, answer, solution = (field_of(line, name) for name in shape)
-    if isinstance(problem, list) and len(problem) == 1:
-        problem = field_of(problem[0], "content")
+    messages = []
+    if problem and isinstance(problem, list):
+        messages = read_messages(problem)
+        asked = [m["content"] for m in messages if m.get("role") not in ("system", "assistant")]
+        problem = "\n".join(asked) if messages else MISSING
     if type(answer) in (int, float):
         answer = str(answer)
     if solution is MISSING:
@@ -180,12 +216,15 @@ def read_problem(line, row, shape, place):
         if not isinstance(value, kind):
             wrong = "is missing" if value is MISSING else f"is {value!r:.40}"
             raise ValueError(f'{place}: the field "{name}" {wrong}; it must be {words}')
+        if isinstance(value, str) and SURROGATE.search(value):
+            raise ValueError(f'{place}: the field "{name}" has half a character, such as \\ud83d')
     wrapped = WRAPPED.fullmatch(problem.strip())
     if wrapped:
         problem = wrapped[1]
     if not solution:
         solution = answer if "####" in answer else None
-    return Problem(row, problem, answer, solution, require_value)
+    conversation = messages if len(messages) > 1 else None  # one message is no more than its text
+    return Problem(row, problem, answer, solution, require_value, conversation)
 
 
 def load_problems(
@@ -2669,9 +2708,12 @@ def is_choice(answer, reference, problem):
     return offered and letter in set("ABCDEFGHIJ") and letter == reference.strip(" ().$")
 
 
-def score(response: str, reference: str, require_value: bool = False) -> float:
+def score(
+    response: str, reference: str, require_value: bool = False, in_thought: bool = False
+) -> float:
     """1.0 if the response is correct, else 0.0."""
-    return float(grade(response, reference, require_value=require_value).correct)
+    options = {"require_value": require_value, "in_thought": in_thought}
+    return float(grade(response, reference, **options).correct)
 
 
 class Explanation(NamedTuple):
@@ -2683,10 +2725,13 @@ class Explanation(NamedTuple):
     why: str  # right, wrong, no answer, not a value, unparsed answer: …
 
 
-def explain(response: str, reference: str, require_value: bool = False) -> Explanation:
+def explain(
+    response: str, reference: str, require_value: bool = False, in_thought: bool = False
+) -> Explanation:
     r"""grade's verdict and its reason: "\boxed{5+}" -> "unparsed answer: ends too early"."""
-    answer, correct, _ = grade(response, reference, require_value=require_value)
-    rule = find_answer(response).rule
+    options = {"require_value": require_value, "in_thought": in_thought}
+    answer, correct, _ = grade(response, reference, **options)
+    rule = find_answer(response, in_thought).rule
     if answer is None:
         why = "no answer"
     elif correct:
@@ -3083,7 +3128,8 @@ class Verifier(contextlib.AbstractContextManager):
             return
         self.warned.add(reply.error)
         line = f"WARNING grading raised {printable(reply.error)} on {printable(text)}"
-        print(f"{line}: counted as wrong", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+            print(f"{line}: counted as wrong", file=sys.stderr, flush=True)
 
 
 def limit_worker(parent, memory_mb):
@@ -3161,7 +3207,8 @@ def audit_line(fields, place):
     if response is None or reference is None:
         raise ValueError(f'{place}: "response" and "reference" are needed, as text')
     start = time.perf_counter()
-    _, answer, rule, why = explain(response, reference, bool(fields.get("require_value")))
+    options = {name: bool(fields.get(name)) for name in ("require_value", "in_thought")}
+    _, answer, rule, why = explain(response, reference, **options)
     seconds = time.perf_counter() - start
     line = f"  {place}: {str(answer)[:60]!a} for {reference[:60]!a} ({rule}; {why})"
     return seconds, rule, why.split(":")[0], line
