@@ -19,27 +19,29 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections import Counter
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out under PYTHONSAFEPATH
 from reward import SHAPES, Verifier, load_problems
 from sampler import (
     INSTRUCTION,
-    encode_prompt,
+    encode_prompts,
     exit_with_error,
+    fix_date,
     generate_rollout,
     init_distributed,
     load_model,
+    opens_thought,
     print0,
     rank,
+    replace_unprintable,
     shutdown_distributed,
     world_size,
 )
@@ -136,6 +138,11 @@ def number_in(kind, interval):
     return parse
 
 
+def json_object(text):
+    """An argparse type: {"enable_thinking": false}, for one."""
+    return dict(json.loads(text))
+
+
 def make_parser():
     """All flags. Those of --run's run replace the defaults, see flags_of_run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -162,6 +169,12 @@ def make_parser():
     add("--limit", type=whole, default=0, help="only the first so many problems (0 = all)")
     add("--seed", type=whole, default=0, help="of sampling noise, intervals, random_init weights")
     add("--system", help="system message (default: none, or the chat template's own)")
+    add("--template-args", type=json_object, metavar="JSON", help="for the chat template")
+    add(
+        "--date",
+        type=datetime.fromisoformat,
+        help="moment that the chat template may print (default: now)",
+    )
     add(
         "--stop", action="append", default=[], help="another token that ends a response; repeatable"
     )
@@ -213,7 +226,7 @@ TINY_MODEL = Path(__file__).resolve().parent / "data/tiny"  # of a run without -
 # Flags that have one name in train.py and here
 RUN_FLAGS = (
     "problem_field answer_field max_prompt_tokens max_new_tokens system stop instruction reward "
-    "dtype rollout_batch"
+    "template_args date dtype rollout_batch"
 )
 
 
@@ -235,58 +248,43 @@ def flags_of_run(run, typed):
 
 
 def find_weights(run, name, base):
-    """The weights of a run called `name`, else the newest -> {"model": …, "checkpoint": …}.
+    """The weights of a run called `name`, else the newest -> {"model": …, "weights": …}.
 
     base: the model that the run started from, which gets a checkpoint's weights.
     """
-    places = [run / "model", *sorted(run.glob("checkpoints/s*"))[-1:]]
-    if name:
-        places = [run / name, run / "checkpoints" / name]
-    for place in places:
-        if (place / "config.json").is_file():
-            return {"model": str(place)}
-        if (place / "state.json").is_file():
-            return {"model": base or str(TINY_MODEL), "weights": place}
-    raise ValueError(f"--run {run} has no checkpoint or exported model {name or 'yet'}")
-
-
-def load_trained_weights(model, checkpoint):
-    """Replace the weights of a model by those of a checkpoint of train.py."""
-    # One process needs no process group, and no word about that.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    try:
-        single = world_size() == 1
-        dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint, no_dist=single)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]  # the lines above are a traceback
-        raise ValueError(f"cannot read the checkpoint {checkpoint}: {reason}") from error
+    export = run / (name or "model")
+    checkpoints = sorted(run.glob(f"checkpoints/{name or 's*'}/state.json"))
+    if (export / "config.json").is_file():
+        return {"model": str(export)}
+    if not checkpoints:
+        raise ValueError(f"--run {run} has no checkpoint or exported model {name or 'yet'}")
+    return {"model": base or str(TINY_MODEL), "weights": checkpoints[-1].parent}
 
 
 # -------------------------------------------------------------------------------------- evaluation
 
 
-def select_problems(args, tokenizer):
-    """The problems to ask -> (problems, their prompts, Counter of those dropped by reason)."""
-    shapes = SHAPES
-    if args.problem_field:
-        shapes = [(args.problem_field, args.answer_field, "solution")]
-        if args.run:  # whose held-out file may also have one of the known shapes
-            shapes += SHAPES
+def read_problems(args, model, tokenizer, path, limit, *options):
+    """The first `limit` problems of a file (0: all) that have at most --max-prompt-tokens, and
+    their prompts; says what was dropped. options: further ones of load_problems."""
     dropped = Counter()
     problems = []
     prompts = []
-    for problem in load_problems(args.data, dropped, shapes, args.data_fraction, args.seed):
-        prompt = encode_prompt(tokenizer, problem.problem, args.system, args.instruction)
-        if args.max_prompt_tokens and len(prompt) > args.max_prompt_tokens:
+    loaded = load_problems(path, dropped, *options)
+    template = (args.system, args.instruction, args.template_args)
+    for problem, prompt in zip(loaded, encode_prompts(tokenizer, loaded, *template)):
+        if len(prompt) > (args.max_prompt_tokens or math.inf):
             dropped[f"prompt over {args.max_prompt_tokens} tokens"] += 1
-        else:
+        elif max(prompt) >= model.config.vocab_size:
+            raise ValueError(f"{path}: a prompt has tokens up to {max(prompt)}, beyond the model's")
+        elif limit == 0 or len(problems) < limit:
             problems.append(problem)
             prompts.append(prompt)
+    reasons = [f", {count} dropped ({reason})" for reason, count in sorted(dropped.items())]
+    print0(f"data    {path}: {len(problems)} problems{''.join(reasons)}")
     if not problems:
-        reasons = dict(dropped) or "none"
-        raise ValueError(f"{args.data} holds no usable problem (dropped: {reasons})")
-    limit = args.limit or None
-    return problems[:limit], prompts[:limit], dropped
+        raise ValueError(f"{path} has no usable problem")
+    return problems, prompts
 
 
 def evaluate(args):
@@ -295,9 +293,16 @@ def evaluate(args):
         args.model, args.dtype, args.device, args.stop, seed=args.seed
     )
     if args.weights:
-        load_trained_weights(model, args.weights)
-    problems, prompts, dropped = select_problems(args, tokenizer)
-    print_settings(args, len(problems), dropped)
+        model.load_checkpoint(args.weights, alone=world_size() == 1)
+    fix_date(tokenizer, str(args.date or datetime.now()))
+    shapes = SHAPES
+    if args.problem_field:
+        shapes = [(args.problem_field, args.answer_field, "solution")]
+        if args.run:  # whose held-out file may also have one of the known shapes
+            shapes.extend(SHAPES)
+    options = (args.limit, shapes, args.data_fraction, args.seed)
+    problems, prompts = read_problems(args, model, tokenizer, args.data, *options)
+    print_settings(args)
     started = time.monotonic()
     hidden = rank() > 0 or None  # None: a bar on a terminal, nothing in a log file
     with (
@@ -323,41 +328,39 @@ def evaluate(args):
     seconds = time.monotonic() - started
     if rank() == 0:
         if args.out:
-            write_responses(args.out, rollout)
+            write_responses(args.out, rollout, tokenizer)
         print_metrics(rollout, args)
         print_statistics(rollout, args, seconds)
 
 
-def print_settings(args, num_problems, dropped):
+def print_settings(args):
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
-    reasons = [f", {count} dropped ({reason})" for reason, count in sorted(dropped.items())]
     sampling = "one greedy response each"
     if not args.greedy:
         shape = f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}"
         sampling = f"{args.k} samples each at {shape}, seed {args.seed}"
-    print0(f"model     {args.model}, {args.dtype} on {args.device}{ranks}")
+    print0(f"model   {args.model}, {args.dtype} on {args.device}{ranks}")
     if args.weights:
-        print0(f"weights   {args.weights}")
-    print0(f"data      {args.data}: {num_problems} problems{''.join(reasons)}")
-    print0(f"sampling  {sampling}, at most {args.max_new_tokens} tokens")
+        print0(f"weights {args.weights}")
+    print0(f"sample  {sampling}, at most {args.max_new_tokens} tokens")
     if args.reward:
-        print0(f"reward    {args.reward}")
+        print0(f"reward  {args.reward}")
 
 
 def print_metrics(rollout, args):
     """Print every metric with its interval, and then what the run itself found last."""
-    print(f"\n{'metric':<10}{'value':>8}    95 % interval")
+    print0(f"\n{'metric':<10}{'value':>8}    95 % interval")
     for name, values in metrics_per_problem(rollout.correct, rollout.classes).items():
         low, high = bootstrap_interval(values, seed=args.seed)
-        print(f"{name:<10}{values.mean():>8.1%}    {low:6.1%} .. {high:6.1%}")
+        print0(f"{name:<10}{values.mean():>8.1%}    {low:6.1%} .. {high:6.1%}")
     if args.run and Path(args.run, "eval.jsonl").is_file():
         lines = Path(args.run, "eval.jsonl").read_text().splitlines()
         form = (
             "{k} samples: mean@{k} {mean:.1%}, maj@{k} {maj:.1%}, by the run itself at step {step}"
         )
-        print(form.format(**json.loads(lines[-1])))
-    print("\nIntervals: bootstrap over problems.", end=" ")
-    print("maj@k: missing answers do not vote, ties share the credit.")
+        print0(form.format(**json.loads(lines[-1])))
+    note = "Intervals: bootstrap over problems. maj@k: missing answers do not vote, ties share"
+    print0(f"\n{note} the credit.")
 
 
 def print_statistics(rollout, args, seconds):
@@ -367,22 +370,26 @@ def print_statistics(rollout, args, seconds):
     no_answer = (rollout.classes == -1).double().mean().item()
     failures = Counter(kind for group in rollout.failed for kind in group if kind)
     kinds = [f", {count} for {kind}" for kind, count in sorted(failures.items())]
-    print(f"finished {finished:.1%}, no answer {no_answer:.1%}", end=", ")
-    print(f"grading failed {failures.total()}{''.join(kinds)}")
+    failed = f"grading failed {failures.total()}{''.join(kinds)}"
+    print0(f"finished {finished:.1%}, no answer {no_answer:.1%}, {failed}")
     speed = lengths.sum().item() / seconds
-    print(f"{lengths.mean().item():.1f} tokens a response, {seconds:.1f} s, {speed:,.0f} tokens/s")
+    print0(f"{lengths.mean().item():.1f} tokens a response, {seconds:.1f} s, {speed:,.0f} tokens/s")
     if args.reward:
-        print(f"mean reward {rollout.rewards.mean().item():.4f}")
+        print0(f"mean reward {rollout.rewards.mean().item():.4f}")
     if finished < 0.5:
-        print("Warning: most responses were cut off; a larger --max-new-tokens may change this.")
+        print0("Warning: most responses were cut off; a larger --max-new-tokens may change this.")
 
 
-def write_responses(path, rollout):
-    """Write one JSON line per response, under a temporary name until all of them are there."""
+def write_responses(path, rollout, tokenizer):
+    """Write one JSON line per response, under a temporary name until all of them are there.
+
+    python reward.py --audit reads these lines.
+    """
     partial_path = Path(f"{path}.partial")
     try:
         with open(partial_path, "w", encoding="utf-8") as file:
             for i, problem in enumerate(rollout.problems):
+                in_thought = opens_thought(tokenizer, rollout.prompts[i])
                 for j, response in enumerate(rollout.texts[i]):
                     line = {
                         "row": problem.row,
@@ -392,6 +399,8 @@ def write_responses(path, rollout):
                         "class": int(rollout.classes[i, j]),
                         "answer": rollout.answers[i][j],
                         "reference": problem.answer,
+                        "require_value": problem.require_value,
+                        "in_thought": in_thought,
                         "length": int(rollout.lengths[i, j]),
                         "finished": bool(rollout.finished[i, j]),
                         "failed": rollout.failed[i][j],
@@ -407,6 +416,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--compare" in argv:
         exit_with_error("eval.py", "runs are compared by: python study/compare.py RUN ...")
+    replace_unprintable()
     try:
         args = parse_flags(argv)
         init_distributed(args.device, timeout=7200)

@@ -17,6 +17,7 @@ pad token may be the end token).
 import json
 import math
 import shutil
+import warnings
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
@@ -24,10 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.checkpoint import checkpoint
 
 
@@ -77,6 +80,19 @@ CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}  # numbers of token_logprobs' chunk
 READABLE = (".safetensors", ".index.json")
 UNREADABLE = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
 WEIGHT_FILES = READABLE + UNREADABLE
+# What an export has beside config.json and weights
+OTHER_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
 
 
 # ---------------------------------------------------------------------------- config.json
@@ -432,6 +448,16 @@ class Transformer(nn.Module):
         model.load_state_dict(copies, assign=True)
         return model
 
+    def load_checkpoint(self, directory, alone=True):
+        """Take the weights of a checkpoint of train.py. alone: this is the only process."""
+        # One process needs no process group, and no word about that.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.load({"model": self.state_dict()}, checkpoint_id=directory, no_dist=alone)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1]  # the lines above are a traceback
+            raise ValueError(f"cannot read the checkpoint {directory}: {reason}") from error
+
     def save_pretrained(self, path, dtype=None, weights=None):
         """Write a directory that transformers loads: config.json, weights and the source's other
         files.
@@ -445,7 +471,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{path} is where the model came from; save it elsewhere")
         path.mkdir(parents=True, exist_ok=True)
         if self.source:
-            _copy_other_files(Path(self.source).resolve(), path)
+            _copy_other_files(Path(self.source), path)
         raw = dict(self.config.raw)
         raw.pop("random_init", None)  # the directory has weights now
         for name in {"dtype", "torch_dtype"} & raw.keys():  # transformers 5 and 4
@@ -459,6 +485,7 @@ class Transformer(nn.Module):
             for name, tensor in islice(weights, len(names)):
                 part[name] = tensor.detach().to("cpu", dtype).contiguous()
             save_file(part, path / file, metadata={"format": "pt"})
+            shutil.copymode(path / "config.json", path / file)  # save_file's is for the owner alone
         if len(shards) > 1:
             total = sum(tensor.numel() for tensor in self.state_dict().values()) * dtype.itemsize
             files = {name: file for file, names in shards.items() for name in names}
@@ -498,6 +525,10 @@ def read_weights(source, seed=0):
         if not (source / file).is_file():
             raise ValueError(f"{source}: no file {file} (weights are read from safetensors only)")
         weights |= load_file(source / file)
+    # Tables that older exporters kept, and a shared matrix that was written as the head alone.
+    weights = {name: tensor for name, tensor in weights.items() if ".rotary_emb." not in name}
+    if config.get("tie_word_embeddings") and "lm_head.weight" in weights:
+        weights.setdefault("model.embed_tokens.weight", weights["lm_head.weight"])
     return weights
 
 
@@ -515,15 +546,12 @@ def _check_weights(source, wanted, weights):
 
 
 def _copy_other_files(source, target):
-    """Copy all but weights and hidden files (.git, .cache). target may lie inside source."""
-    for file in sorted(source.rglob("*")):
-        name = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or not file.is_file() or target in file.parents:
-            continue
-        if not name.name.endswith(WEIGHT_FILES):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / name)
+    """Copy the tokenizer's files and generation_config.json, and nothing else that lies there."""
+    for pattern in OTHER_FILES:
+        for file in filter(Path.is_file, source.glob(pattern)):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def _plan_shards(state, dtype):

@@ -15,10 +15,11 @@ R response tokens, V vocabulary, H query heads, K key/value heads, E head size, 
 
 import json
 import os
+import re
 import sys
 from collections import deque
-from contextlib import nullcontext
-from datetime import timedelta
+from contextlib import nullcontext, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ SYNC_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks at the finished r
 # shapes: each new one costs it a plan, or a graph.
 ROW_STEP = {"cpu": 1, "cuda": 32}
 KEY_STEP = {"cpu": 16, "cuda": 256}
+# Where a chat template asks for the time
+CURRENT_TIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64  # the increment of splitmix64, as a signed number
 
 
@@ -426,23 +429,73 @@ def load_tokenizer(path_or_id):
     return AutoTokenizer.from_pretrained(path_or_id)
 
 
-def encode_prompt(tokenizer, problem, system=None, instruction=""):
+def fix_date(tokenizer, date):
+    """Let the chat template print this moment (ISO 8601) where it would print the current time."""
+    moment = datetime.fromisoformat(date)
+    if tokenizer.chat_template:
+        tokenizer.chat_template = CURRENT_TIME.sub(
+            lambda call: json.dumps(moment.strftime(call[2])), tokenizer.get_chat_template()
+        )
+
+
+def encode_prompts(tokenizer, problems, *options):
+    """The prompts of reward.Problems as lists of token ids; options: those of encode_prompt.
+
+    ValueError, in one line, if they cannot be made or are all the same."""
+    try:
+        prompts = [encode_prompt(tokenizer, p.messages or p.problem, *options) for p in problems]
+    except Exception as error:  # of jinja2, of the tokenizer, or whatever a template does
+        raise ValueError(f"no prompts from this chat template or tokenizer: {error}") from error
+    if len(set(map(tuple, prompts))) == 1 < len(prompts):
+        raise ValueError("all prompts are the same: the tokenizer does not know their characters")
+    return prompts
+
+
+def encode_prompt(tokenizer, problem, system=None, instruction="", template_args=None):
     """Token ids of a problem, ready for the reply.
 
-    Problem and instruction stand on lines of their own, in the chat template where there is one
-    (with `system` if given), otherwise as plain text that ends with a newline."""
-    text = "\n".join(part for part in (problem, instruction) if part)
+    problem: its text, or chat messages, which are used as they are. Text and instruction stand on
+    lines of their own, in the chat template where there is one (with `system` if given), otherwise
+    as plain text that ends with a newline. template_args: what else the template may ask for."""
+    messages = problem
+    if isinstance(problem, str):
+        text = "\n".join(part for part in (problem, instruction) if part)
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
     if tokenizer.chat_template:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": text})
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = render_template(tokenizer, messages, template_args or {})
         # The template wrote the BOS already.
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if system:
-        text = f"{system}\n{text}"
+    text = "\n".join(message["content"] for message in messages if message["content"])
     ids = tokenizer(text + "\n")["input_ids"]
     # A tokenizer that closes every text with its end token would start the reply after the end.
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def render_template(tokenizer, messages, template_args):
+    """The chat template's text. ValueError if it lacks what system or user says.
+
+    Contents go in as text, or, where they do not come out again, as lists of parts."""
+    said = [message["content"] for message in messages if message["role"] != "assistant"]
+    parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    for form in (messages, parts):
+        text = tokenizer.apply_chat_template(
+            form, add_generation_prompt=True, tokenize=False, **template_args
+        )
+        lost = [content for content in said if single_spaced(content) not in single_spaced(text)]
+        if not lost and "'type': 'text'" not in text:  # parts as Python prints them
+            return text
+    raise ValueError(f"it leaves out {lost or said}")
+
+
+def single_spaced(text):
+    return " ".join(text.split())
+
+
+def opens_thought(tokenizer, prompt):
+    """True if a prompt ends in <think>: a reply that never closes it has no answer."""
+    return tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>")
 
 
 def stop_token_ids(path_or_id, tokenizer, extra=()):
@@ -475,12 +528,15 @@ def load_model(path_or_id, dtype_name, device, stop=(), seed=0):
         place = "" if Path(path_or_id).is_dir() else "no such directory, and as a Hub id: "
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load --model {path_or_id}: {place}{reason}") from error
-    if len(tokenizer) > model.config.vocab_size:
+    # The largest id counts, not the number of tokens: a vocabulary may have holes. Rows beyond it
+    # mean nothing; tokens beyond the matrix do no harm as long as nothing uses them.
+    largest = max(tokenizer.get_vocab().values())
+    model.num_tokens = min(largest + 1, model.config.vocab_size)
+    if not stop_ids or max(stop_ids) >= model.num_tokens:
         raise ValueError(
-            f"--model {path_or_id}: {len(tokenizer)} tokens, but embeddings for"
-            f" {model.config.vocab_size}"
+            f"--model {path_or_id}: end tokens {stop_ids}, of {model.num_tokens} tokens: one can"
+            " never be sampled, or there is none and --stop should name it"
         )
-    model.num_tokens = len(tokenizer)  # ids beyond it have rows in the matrix but mean nothing
     return model, tokenizer, stop_ids
 
 
@@ -514,7 +570,13 @@ def init_distributed(device, timeout):
     # Python objects and offloaded shards are exchanged on the CPU also where there are GPUs.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout)
-    store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError:
+        # Every rank says so, since rank 0 may be the one that is missing.
+        name = os.environ["RANK"]
+        print(f"rank {name}: the other ranks did not come within {timeout}", file=sys.stderr)
+        raise SystemExit(2) from None
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps one store over its restarts (PyTorch 2.13), with the addresses of dead
         # ranks in it. On one machine all ranks count restarts alike; on several they may not.
@@ -573,10 +635,23 @@ def map_over_ranks(items, work):
     return [parts[i % ranks][i // ranks] for i in range(len(items))]
 
 
+def replace_unprintable():
+    """Let stdout print "?" for characters that it lacks."""
+    with suppress(AttributeError, ValueError):  # it is of another kind, or closed
+        sys.stdout.reconfigure(errors="replace")
+
+
 def print0(text):
-    """Print on rank 0 only."""
-    if rank() == 0:
+    """Print on rank 0 only. A stdout that is closed, or that nobody reads, is no error."""
+    if rank() > 0:
+        return
+    try:
         print(text, flush=True)
+    except ValueError:  # it is closed
+        pass
+    except OSError:
+        # Its reader has gone. What is left to print would fail again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_with_error(script, message):
@@ -668,6 +743,7 @@ def generate_rollout(
                 [problem.answer for problem in asked],
                 problems=[problem.problem for problem in asked],
                 require_value=[problem.require_value for problem in asked],
+                in_thought=[opens_thought(tokenizer, prompt) for prompt in share_prompts],
             )
         return list(zip(split_groups(samples, group_size), texts, groups))
 

@@ -19,6 +19,7 @@ response token.
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.metadata
 import itertools
@@ -27,10 +28,12 @@ import math
 import os
 import pickle
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -48,24 +51,26 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out under PYTHONSAFEPATH
 import copo
-from eval import maj_at_k, mean_at_k, number_in
+from eval import json_object, maj_at_k, mean_at_k, number_in, read_problems
 from model import CHUNK_LOGITS, Config, Transformer, model_directory, read_weights
-from reward import SHAPES, Verifier, load_problems, same_text
+from reward import SHAPES, Verifier, fingerprint, same_text
 from sampler import (
     INSTRUCTION,
     Interrupted,
     all_gather,
     cache_bytes,
     cache_capacity,
-    encode_prompt,
     exit_with_error,
+    fix_date,
     generate_rollout,
     init_distributed,
     load_model,
     on_all_ranks,
     print0,
     rank,
+    replace_unprintable,
     shutdown_distributed,
     world_size,
 )
@@ -759,6 +764,8 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     stop: "StopSignal" = None
     run_info: dict = None  # run.json, on rank 0
+    lock: object = None  # the file that keeps other runs out of the directory
+    tracker: subprocess.Popen = None  # study/track.py, on rank 0 with --track
     state: State = field(default_factory=State)
 
 
@@ -837,7 +844,7 @@ class Clock:
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or Ctrl-C, for the next place where the run can stop.
+    """Remembers the first SIGTERM, SIGHUP or Ctrl-C, for the next place where the run can stop.
 
     A second Ctrl-C stops at once, as usual.
     """
@@ -845,7 +852,12 @@ class StopSignal:
     def __init__(self):
         self.name = None
         self.previous = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets no other thread handle signals
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self.previous[number] = signal.signal(number, self.handle)
 
     def handle(self, number, _frame):
@@ -853,7 +865,8 @@ class StopSignal:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         message = f"\n{self.name}: stopping at the next safe place; Ctrl-C (again) stops at once\n"
-        os.write(2, message.encode())  # not print(): the signal may have come in the middle of one
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, message.encode())  # not print(): the signal may have come within one
 
     def raise_if_set(self):
         """Within a phase: raise Interrupted here; other ranks learn of it when the phase ends."""
@@ -1059,6 +1072,8 @@ def append(path, lines):
 def summarise(run):
     """Export the model, and say what came of the run and where everything is."""
     export(run, "model", run.args.export_dtype)
+    if run.args.plot and rank() == 0:
+        subprocess.run([sys.executable, HERE / "study/plot.py", run.directory], check=False)
     evaluations = run.state.evaluations
     if len(evaluations) > 1:
         _, before = evaluations[0]
@@ -1316,10 +1331,11 @@ def setup(args):
     masters = "float64" if args.dtype == "float64" else "float32"
     source = args.model or TINY_MODEL
     model, tokenizer, stop_ids = load_model(source, masters, "meta", args.stop, args.seed)
+    fix_date(tokenizer, args.date)
     if args.device == "cuda" and args.rollout_batch == 0:
         choose_rollout_batch(model.config, args)
     check_memory(model.config, args)
-    problems, prompts, held_out, held_out_prompts = read_data(args, tokenizer)
+    problems, prompts, held_out, held_out_prompts = read_data(args, model, tokenizer)
     solutions = encode_solutions(args, tokenizer, problems) if args.sft_steps else {}
     positions = model.config.max_position_embeddings
     longest = max(map(len, prompts + held_out_prompts)) + args.max_new_tokens
@@ -1361,29 +1377,14 @@ def make_verifier(args):
     )
 
 
-def read_data(args, tokenizer):
-    """Problems and their prompts, held-out problems and their prompts; says what was dropped."""
-
-    def read(path, *options):
-        dropped = Counter()
-        problems = []
-        prompts = []
-        for problem in load_problems(path, dropped, *options):
-            prompt = encode_prompt(tokenizer, problem.problem, args.system, args.instruction)
-            if len(prompt) > args.max_prompt_tokens:
-                dropped[f"prompt over {args.max_prompt_tokens} tokens"] += 1
-            else:
-                problems.append(problem)
-                prompts.append(prompt)
-        reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
-        print0(f"data    {path}: {len(problems)} problems{reasons}")
-        return problems, prompts
-
+def read_data(args, model, tokenizer):
+    """Problems and their prompts, held-out problems and their prompts."""
     shapes = []
     if args.problem_field:
         shapes = [(args.problem_field, args.answer_field, "solution")]
     fraction = args.data_fraction or 1.0
-    problems, prompts = read(args.data, shapes or SHAPES, fraction, args.seed)
+    options = (0, shapes or SHAPES, fraction, args.seed)
+    problems, prompts = read_problems(args, model, tokenizer, args.data, *options)
     require(
         len(problems) >= args.prompts_per_step,
         f"--prompts-per-step {args.prompts_per_step}, but {args.data} has {len(problems)} usable "
@@ -1392,10 +1393,8 @@ def read_data(args, tokenizer):
     if not args.eval_data:
         return problems, prompts, [], []
     # The held-out file may also have one of the known shapes.
-    held_out, held_out_prompts = read(args.eval_data, [*shapes, *SHAPES])
-    require(held_out, f"--eval-data {args.eval_data} has no usable problems")
-    held_out = held_out[: args.eval_problems or None]
-    held_out_prompts = held_out_prompts[: args.eval_problems or None]
+    options = (args.eval_problems, [*shapes, *SHAPES])
+    held_out, held_out_prompts = read_problems(args, model, tokenizer, args.eval_data, *options)
     seen = {same_text(problem.problem) for problem in problems}
     overlap = [problem for problem in held_out if same_text(problem.problem) in seen]
     if overlap:
@@ -1421,8 +1420,29 @@ def encode_solutions(args, tokenizer, problems):
 
 
 def create_run_dir(run):
-    if rank() == 0:
-        run.directory.mkdir(parents=True, exist_ok=True)
+    """Make the run's directory and keep other runs out of it until every rank has ended."""
+    on_all_ranks(lambda: rank() > 0 or claim_run_dir(run))
+    on_all_ranks(lambda: lock_run_dir(run, fcntl.LOCK_SH))
+
+
+def claim_run_dir(run):
+    """Rank 0: nobody has the directory, and from here on this run has it."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    lock_run_dir(run, fcntl.LOCK_EX)
+    if not run.args.resume:
+        check_run_dir(run.directory)  # another run may have come and gone since the flags were read
+    lock_run_dir(run, fcntl.LOCK_SH)  # with the other ranks, which may outlive this one
+
+
+def lock_run_dir(run, kind):
+    """Lock the run's directory, shared or exclusively, until this process ends."""
+    run.lock = run.lock or open(run.directory / ".lock", "a")  # noqa: SIM115 (main closes it)
+    try:
+        fcntl.flock(run.lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--run-dir {run.directory} is of a run that is still going on") from None
+    except OSError as error:
+        print0(f"WARNING {run.directory} has no locks ({error}): start no second run there")
 
 
 def load_state(run):
@@ -1435,6 +1455,10 @@ def load_state(run):
     parameters = sum(p.numel() for p in run.model.parameters())
     if rank() == 0:
         record_run(run, parameters)
+        if args.track:
+            script = HERE / "study/track.py"  # ends when its stdin is closed, so with this process
+            command = [sys.executable, script, run.directory, args.track, "--follow"]
+            run.tracker = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     print0(
         f"model   {run.model.source}: {parameters / 1e6:.1f} M parameters, {args.dtype}, "
         f"{args.device}, {world_size()} × {torch.get_num_threads()} threads"
@@ -1450,18 +1474,23 @@ FORMAT = 2  # of run.json and what lies beside it
 
 
 def record_run(run, parameters):
-    """Write run.json: format, flags, versions, commit; on resume, also which flags have changed."""
+    """Write run.json: format, flags, inputs, versions; on resume, also what of them has changed."""
     flags = dict(sorted(vars(run.args).items()))
+    inputs = fingerprints(run.args)
     if run.args.resume:
         run.run_info = json.loads((run.directory / "run.json").read_text())
-        before = run.run_info["flags"]
+        before = run.run_info["flags"] | run.run_info.get("inputs", inputs)
+        now = flags | inputs
         changed = {}
-        for name, value in flags.items():
-            if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value:
-                old = before.get(name)
-                changed[name] = [old, value]
-                news = f"{flag(name)} was {old} and is now {value}"
-                print0(f"WARNING {news}: from here on this is another run")
+        for name in sorted(before.keys() | now.keys()):
+            old = before.get(name)
+            new = now.get(name)
+            if name not in MAY_CHANGE_ON_RESUME and old != new:
+                changed[name] = [old, new]
+                label = flag(name) if name in flags else name
+                print0(
+                    f"WARNING {label} was {old} and is now {new}: from here on this is another run"
+                )
         resumes = run.run_info.setdefault("resumed", [])
         resumes.append({"step": run.state.step, "changed": changed})
         run.run_info.pop("ended", None)
@@ -1480,7 +1509,7 @@ def record_run(run, parameters):
             "threads": torch.get_num_threads(),
             "parameters": parameters,
         }
-    write_run_info(run, flags=flags)
+    write_run_info(run, flags=flags, inputs=inputs)
 
 
 def write_run_info(run, **entries):
@@ -1489,6 +1518,19 @@ def write_run_info(run, **entries):
     temporary = run.directory / "run.tmp"
     temporary.write_text(json.dumps(run.run_info, indent=1) + "\n")
     os.replace(temporary, run.directory / "run.json")
+
+
+def fingerprints(args):
+    """{"--model config.json": its fingerprint, …} of the files that the run reads."""
+    files = {"--data contents": args.data, "--eval-data contents": args.eval_data}
+    files["--reward contents"], _, _ = (args.reward or "").rpartition(":")
+    directory = model_directory(args.model or TINY_MODEL)
+    for file in directory.iterdir():
+        if file.suffix in (".json", ".jinja", ".txt", ".model", ".safetensors"):
+            files[f"--model {file.name}"] = str(file)
+    found = {name: fingerprint(path) for name, path in files.items() if path}
+    # The local copy of a Hub id is named after its revision.
+    return found | {"--model directory": directory.name}
 
 
 # ----------------------------------------------------------------------------------------- Memory
@@ -1559,8 +1601,8 @@ def rows_in_flight(args, ranks):
 
 
 def choose_rollout_batch(config, args):
-    """What --rollout-batch 0 means on a GPU: all of a rank's rows, or half of them, and so on, until
-    the plan of a rollout fits in 0.9 of the device.
+    """What --rollout-batch 0 means on a GPU: all of a rank's rows, or half of them, and so on,
+    until the plan of a rollout fits in 0.9 of the device.
 
     Chosen once and kept in run.json; what is free at the moment has no say.
     """
@@ -1662,6 +1704,8 @@ MAY_CHANGE_ON_RESUME = {
     "save_every",
     "keep",
     "export_every",
+    "track",
+    "plot",
     "device",
     "micro_tokens",
     "rollout_batch",
@@ -1710,6 +1754,18 @@ def build_parser():
     )
     add("--system", help="system message of the chat template (default: the template's own)")
     add("--instruction", help="text after every problem")
+    add(
+        "--template-args",
+        type=json_object,
+        metavar="JSON",
+        help='for the chat template, such as {"enable_thinking": false}',
+    )
+    add(
+        "--date",
+        type=datetime.fromisoformat,
+        metavar="ISO",
+        help="moment that the chat template may print (default: the start)",
+    )
     add(
         "--stop",
         action="append",
@@ -1809,9 +1865,11 @@ def build_parser():
     add("--eval-problems", type=whole, default=0, help="first held-out problems to use (0 = all)")
     add("--eval-temperature", type=not_negative, default=1.0, help="0 = greedy")
     add("--save-every", type=whole, help="steps between checkpoints (0 = only at the end)")
-    add("--keep", type=count, default=2, help="newest checkpoints to keep")
+    add("--keep", type=count, default=2, help="newest checkpoints to keep; exports all stay")
     add("--export-every", type=whole, default=0, help="steps between exports (0 = only at the end)")
     add("--export-dtype", choices=DTYPES, help="of exported weights (default: the source's)")
+    add("--track", choices=["wandb", "tensorboard"], help="also log to this package")
+    add("--plot", action=yes_no, default=False, help="draw curves.png at the end (matplotlib)")
     add = parser.add_argument_group("ranks and memory").add_argument
     add(
         "--timeout",
@@ -1897,6 +1955,10 @@ def parse_args(argv):
     unset = argparse.Namespace(**dict.fromkeys(defaults))
     cli_args = vars(parser.parse_args(argv, unset))
     cli_args = {name: value for name, value in cli_args.items() if value is not None}
+    for name in {"model", "data", "eval_data", "reward"} & cli_args.keys():
+        # Whole paths mean the same wherever the run goes on. A reward's is before its colon.
+        if name == "reward" or Path(cli_args[name]).exists():
+            cli_args[name] = str(Path(cli_args[name]).resolve())
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         resume_after_restart(cli_args)
     resumed = resumed_flags(cli_args) if "resume" in cli_args else {}
@@ -1911,36 +1973,39 @@ def parse_args(argv):
         args.device = "cuda" if torch.cuda.is_available() or args.plan else "cpu"
     if not args.micro_tokens:
         args.micro_tokens = MICRO_TOKENS[args.device]
+    args.date = str(args.date or datetime.now())[:19]
     if not args.old_logprobs:
         args.old_logprobs = "recompute" if args.dtype == "bfloat16" else "sampler"
     check_flags(args)
     check_idle_flags(args, cli_args)
     if not args.resume:
-        name = f"{args.algo}-{datetime.now():%Y%m%d-%H%M%S}{torchrun_suffix()}"
+        name = f"{args.algo}-{datetime.now():%Y%m%d-%H%M%S}{process_suffix()}"
         args.run_dir = args.run_dir or f"runs/{name}"
         check_run_dir(Path(args.run_dir))
     return args
 
 
 def check_run_dir(directory):
-    """A new run needs a directory of its own. run.tmp is left by one killed before run.json."""
+    """A new run needs a directory of its own. These are left by one killed before run.json."""
     unused = not directory.exists()
     if directory.is_dir():
-        unused = {path.name for path in directory.iterdir()} <= {"run.tmp"}
+        unused = {path.name for path in directory.iterdir()} <= {"run.tmp", ".lock"}
     require(
         unused,
         f"--run-dir {directory} is in use: choose another, or --resume latest to go on with it",
     )
 
 
-def torchrun_suffix():
-    """What torchrun's workers add to a run's name, to find it again when torchrun restarts them."""
-    return f"-p{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+def process_suffix():
+    """What tells the names of runs apart that start in one second. torchrun's workers have one in
+    common, which finds their run again when torchrun restarts them."""
+    workers = "TORCHELASTIC_RUN_ID" in os.environ
+    return f"-p{os.getppid() if workers else os.getpid()}"
 
 
 def resume_after_restart(cli_args):
     """After a restart by torchrun: go on with the run that the killed workers began, if any."""
-    run_dirs = sorted(Path("runs").glob(f"*{torchrun_suffix()}"))
+    run_dirs = sorted(Path("runs").glob(f"*{process_suffix()}"))
     if cli_args.get("resume", "latest") != "latest":  # a checkpoint's path, which names the run too
         run_dirs = [Path(cli_args["resume"]).resolve().parent.parent]
     cli_args.setdefault("run_dir", str(run_dirs[-1]) if run_dirs else None)
@@ -2070,7 +2135,7 @@ def run_until_end(run):
 
     Signals, full disks and updates that are not finite end in one line that says how to go on.
     """
-    resume = f"--run-dir {run.directory} --resume latest"
+    resume = f"--run-dir {shlex.quote(str(run.directory))} --resume latest"
     loaded = False  # until then, what run.json says of the last ending stays
     try:
         load_state(run)
@@ -2113,6 +2178,7 @@ def record_ending(run, how, why=""):
 def main(argv=None):
     # One process needs no process group for its checkpoints, and no word about that.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    replace_unprintable()
     try:
         args = parse_args(argv)
         if args.plan:
@@ -2122,7 +2188,7 @@ def main(argv=None):
         # torchrun's workers on several machines may see different things: rank 0's flags count.
         args = all_gather(args)[0]
         run = on_all_ranks(lambda: setup(args))
-        on_all_ranks(lambda: create_run_dir(run))
+        create_run_dir(run)
     except (ValueError, OSError) as error:
         exit_with_error("train.py", error)
     run.stop = StopSignal()
@@ -2131,6 +2197,9 @@ def main(argv=None):
     finally:
         run.verifier.close()
         run.stop.restore()
+        if run.tracker:
+            run.tracker.communicate()
+        run.lock.close()
     if message and world_size() > 1:
         # Leaving in order would wait for peers that wait for this rank: torchrun ends them.
         print(message, file=sys.stderr, flush=True)

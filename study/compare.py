@@ -29,6 +29,8 @@ NOT_A_CONFIGURATION = {
     "activation_checkpointing",
     "compile",
     "cpu_offload",
+    "date",
+    "defer_gradient_sync",
     "device",
     "export_dtype",
     "export_every",
@@ -36,12 +38,14 @@ NOT_A_CONFIGURATION = {
     "keep",
     "micro_tokens",
     "plan",
+    "plot",
     "resume",
     "rollout_batch",
     "run_dir",
     "save_every",
     "seed",
     "timeout",
+    "track",
     "verifier_memory",
     "verifier_timeout",
     "verifier_workers",
@@ -49,7 +53,12 @@ NOT_A_CONFIGURATION = {
 # Flags of run.json's format 1 that format 2 no longer has
 FORMER_FLAGS = {"eval_seed", "max_bad_updates", "rollout_memory", "samples_every"}
 # Flags that older runs lack, with what those runs did
-LATER_FLAGS = {"kl_estimator": "k3", "ratio": "token", "placebo": False}
+LATER_FLAGS = {
+    "kl_estimator": "k3",
+    "ratio": "token",
+    "placebo": False,
+    "float32_matmul_precision": "highest",
+}
 WHOLE_NUMBERS = ("tokens sampled", "seconds")  # all other statistics are shares
 
 
@@ -142,9 +151,10 @@ def configuration(flags):
     for name, value in flags.items():
         if value is not None and name not in NOT_A_CONFIGURATION | FORMER_FLAGS:
             config[name] = value
-    for name in ("data", "eval_data"):
+    for name in ("data", "eval_data", "model"):
         # Only the last two names: a repository may lie anywhere.
-        config[name] = "/".join(Path(flags[name] or "").parts[-2:])
+        if flags.get(name):
+            config[name] = "/".join(Path(flags[name]).parts[-2:])
     return config
 
 

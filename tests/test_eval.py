@@ -315,7 +315,8 @@ def test_table_agrees_with_the_samples_file(capsys, checkpoint, data, tmp_path):
     assert [(line["row"], line["sample"]) for line in lines] == [
         (i, j) for i in range(5) for j in range(4)
     ]
-    keys = "row sample correct reward class answer reference length finished failed response"
+    keys = "row sample correct reward class answer reference require_value in_thought length"
+    keys += " finished failed response"
     assert all(list(line) == keys.split() for line in lines)
     assert [line["reference"] for line in lines[::4]] == ["2", "6", "4", "0", "7"]
     assert (
@@ -478,9 +479,7 @@ def test_cuda_is_refused_where_there_is_none(capsys, checkpoint, data, monkeypat
     )
 
 
-def test_a_failure_while_writing_leaves_the_old_file(
-    capsys, checkpoint, data, tmp_path, monkeypatch
-):
+def test_a_failure_while_writing_leaves_the_old_file(loaded, data, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     out.write_text("old\n")
     dumps, calls = json.dumps, []
@@ -494,10 +493,11 @@ def test_a_failure_while_writing_leaves_the_old_file(
     problems = load_problems(str(data))
     zeros = torch.zeros(5, 1)
     texts = [[""]] * 5
-    rollout = Rollout(problems, texts, *[zeros] * 7, texts, texts, texts)
+    rollout = Rollout(problems, [[0]] * 5, *[zeros] * 7, texts, texts, texts)
+    _, tokenizer, _ = loaded
     monkeypatch.setattr(evaluation.json, "dumps", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        evaluation.write_responses(str(out), rollout)
+        evaluation.write_responses(str(out), rollout, tokenizer)
     assert os.listdir(tmp_path) == ["out.jsonl"] and out.read_text() == "old\n"
 
 

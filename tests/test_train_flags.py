@@ -71,6 +71,9 @@ CHANGES = {
     "system": ({}, "1+1", groups("answers")),
     "instruction": ({}, "=", groups("answers")),
     "stop": ({}, ["="], metric("length_mean", 0)),
+    # tests/test_reports.py has templates that ask for these two
+    "template_args": ({}, '{"enable_thinking": false}', told("template_args")),
+    "date": ({}, "2025-03-04", told("date")),
     "data": ({}, lambda runs: runs.base["eval_data"], groups("answers")),
     "eval_data": ({}, None, lambda directory: (directory / "eval.jsonl").exists()),
     "problem_field": (FIELDS, "solution", groups("answers")),
@@ -83,7 +86,7 @@ CHANGES = {
     "temperature": ({}, 0.5, metric("token_entropy", 0)),
     "max_rounds": ({"algo": "dapo", "group_size": 2}, 1, metric("sampling_rounds", 0)),
     "placebo": ({"group_size": 8}, True, groups("local_adv")),
-    "reward": ({}, "graded.py:grade", told("reward")),  # test_a_reward_of_ones_own_trains
+    "reward": ({}, lambda runs: f"{train.HERE}/reward.py:grade", told("reward")),
     "verifier_timeout": ({}, 3.0, told("verifier_timeout")),
     "verifier_memory": ({}, 500, told("verifier_memory")),
     "algo": ({}, "grpo", groups("weight")),
@@ -146,6 +149,9 @@ SAME_NUMBERS = {
     "float32_matmul_precision": ("high", "what torch was told"),
     "timeout": (5.0, "time-out of the process group"),
     "plan": (8, "what is printed instead of a run"),
+    # tests/test_reports.py
+    "track": (None, "what a tracker is told"),
+    "plot": (None, "a picture"),
 }
 
 

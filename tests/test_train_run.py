@@ -313,8 +313,8 @@ def test_what_is_dropped_and_what_overlaps_is_said(runs, capsys):
     short = [i for i, line in enumerate(lines) if json.loads(line)["problem"].count("+") == 1]
     assert (
         f"{len(short)} problems" in said
-        and "18 dropped: prompt over 7 tokens" in said
-        and ", 1 dropped: " in said
+        and "18 dropped (prompt over 7 tokens)" in said
+        and ", 1 dropped (" in said
     )
     assert "WARNING 1 of 2 held-out problems" in said
     rows = {line["row"] for line in tiny_runs.lines(directory / "groups.jsonl")}
