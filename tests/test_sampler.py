@@ -326,6 +326,16 @@ def test_sample_token_never_takes_a_token_of_probability_zero(dtype):
                 assert torch.isin(token, allowed).all() and logprob.isfinite().all()
 
 
+def test_sample_token_survives_extreme_logits():
+    """exp(1e4) is infinite: without the maximum taken off, log-probs were NaN."""
+    logits = torch.tensor([[1e4, 1e4, -1e4], [-1e4, -2e4, -3e4]])
+    token, logprob = sample_token(logits.clone(), torch.tensor([0.7, 0.7], dtype=torch.float64))
+    assert token.tolist() == [1, 0]
+    torch.testing.assert_close(logprob, torch.tensor([0.5, 1.0]).log())
+    token, logprob = sample_token(logits.clone(), torch.zeros(2, dtype=torch.float64), 0)
+    assert token.tolist() == [0, 0] and logprob.isfinite().all()
+
+
 def test_top_p_and_top_k_at_their_edges():
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log().repeat(2000, 1)
     noise = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
