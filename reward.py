@@ -1731,8 +1731,10 @@ class Parser:
 
 def aligns(tokens, place):
     """Whether this is an & that aligns equations: x &= 3."""
+    if tokens[place].text != "&":
+        return False
     around = {token.text for token in tokens[max(place - 1, 0) : place + 2]}
-    return tokens[place].text == "&" and not RELATIONS.isdisjoint(around)
+    return not RELATIONS.isdisjoint(around)
 
 
 def value_of_rows(rows, closing):
@@ -1940,9 +1942,8 @@ def parse(text: str, thousands: bool = True, renamed: tuple = ()) -> Parsed:
     try:
         tokens = tokenise(text)
         spelling = "".join(map(spelling_of, tokens))
-        names = {Token("name", name): f"bound {i}" for i, name in enumerate(renamed)}
-        tokens = [token._replace(text=names.get(token, token.text)) for token in tokens]
-        parser = Parser(tokens)
+        names = {Token("name", name): Token("name", f"bound {i}") for i, name in enumerate(renamed)}
+        parser = Parser([names.get(token, token) for token in tokens])
         value = parser.answer()
         if count_leaves(value) > MAX_LEAVES:
             raise Unparsed("too many values")
@@ -2246,21 +2247,21 @@ def proportional(x, y, positive):
         return all(zeros)
     ratio = divide(x, y)
     with LOCK:
-        precision = choose_precision(x, y)
+        precision = 2 * choose_precision(x, y)
         points = choose_points(x, y)
-        ratios = []
-        for point in points:
-            found = values_at((ratio,), point, precision)
-            # twice the bits: near a large constant C the ratio of different sides varies by 1/C²
-            number = found and value_at(ratio, point, 2 * found[1])
-            if number:
-                ratios.append(number.value)
-                precision = max(precision, found[1])
+        if points[0].kind == "complex":
+            points = points[:4]
+        found = [values_at((ratio,), point, precision) for point in points]
+        if any(pair and pair[1] > precision for pair in found):
+            # near a large constant C the ratio of different sides varies by 1/C²
+            precision = 2 * max(pair[1] for pair in found if pair)
+            found = [values_at((ratio,), point, precision) for point in points]
+        ratios = [pair[0] for pair in found if pair]
         if 3 * len(ratios) <= len(points):
             return False
-        NUMBERS.prec = 2 * precision
+        NUMBERS.prec = precision
         first = ratios[0]
-        tolerance = NUMBERS.ldexp(abs(first), -precision)
+        tolerance = NUMBERS.ldexp(abs(first), -precision // 2)
         if positive and not (first.real > 0 and abs(first.imag) <= tolerance):
             return False
         return all(abs(value - first) <= tolerance for value in ratios)
@@ -2769,17 +2770,18 @@ def difference(left, right):
     one, other = (unwrap_singleton(parsed.value) for parsed in (left, right))
     if type(one) is not type(other) or not isinstance(one, Leaf):
         return "see docs/checker.md for what is equal to such answers"
-    if one.unit != other.unit and one.unit and other.unit:
+    if one.unit and other.unit and one.unit != other.unit:
         return "other units"
+    x, y = one.expr, other.expr
     with LOCK:
-        precision = choose_precision(one.expr, other.expr)
-        for point in choose_points(one.expr, other.expr):
-            if equal_at(one.expr, other.expr, point, precision, approximate=False) is False:
-                values = [value_at(leaf.expr, point, precision).value for leaf in (one, other)]
-                names = sorted(names_in([one.expr, other.expr]))
-                place = [f"{name} = {NUMBERS.nstr(point.value(name), 5)}" for name in names]
-                shown = " and ".join(NUMBERS.nstr(value, 12) for value in values)
-                return f"{shown} {'at ' if place else ''}{', '.join(place)}"
+        precision = choose_precision(x, y)
+        for point in choose_points(x, y):
+            if equal_at(x, y, point, precision, approximate=False) is False:
+                found = [value_at(expr, point, precision).value for expr in (x, y)]
+                values = " and ".join(NUMBERS.nstr(value, 12) for value in found)
+                names = sorted(names_in([x, y]))
+                place = [f" at {name} = {NUMBERS.nstr(point.value(name), 5)}" for name in names]
+                return values + "".join(place)
     return "their values could not be compared"
 
 

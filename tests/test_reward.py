@@ -1240,6 +1240,18 @@ def test_reported_kinds(shared):
     assert shares[False] >= 0.99 and shares[True] >= 0.97, shares
 
 
+def test_the_result_of_a_sentence_is_found(shared):
+    """The last sentences of GSM8K's solutions as answers: "…, so the boots cost 99 + 5 = $104."."""
+    with open(f"{shared}/data/gsm8k_test.jsonl", encoding="utf-8") as file:
+        answers = [json.loads(line)["answer"].rpartition("####") for line in file]
+    found = []
+    for solution, _, answer in answers:
+        last = re.sub(r"<<.*?>>", "", solution).strip().splitlines()[-1]
+        for label in ("", "**Answer:** ", "The answer is "):
+            found.append(reward.score(label + last, answer.strip()))
+    assert sum(found) / len(found) >= 0.92
+
+
 def test_gsm8k_references_equal_themselves_and_nothing_else(shared):
     answers = []
     for name in ("train", "test"):
