@@ -2306,7 +2306,8 @@ sets with a template: the bound variable may have any name
     \{3k\mid k\in\mathbb Z\} == \{3n:n\in\mathbb Z\}
     \{3k\mid k\in\mathbb Z\} != \{2k\mid k\in\mathbb Z\}
     \{x\mid x>0\} == (0,\infty)    k\pi,\ k\in\mathbb Z == k\pi
-bare lists: in any order, each value as often, with the same labels
+bare lists: in any order, each value as often (a point once is enough), with the same labels
+    (1,2),(1,2),(3,4) == (3,4),(1,2)
     1,2 == 2,1    1,1,2 != 1,2,2    \pm 3 == 3,-3    1,3,5,\ldots != 1,3,5    (a) 12, (b) 5 == 12, 5
     \angle A=3,\angle B=6 != \angle A=6,\angle B=3    A(1,2),B(3,4) != A(3,4),B(1,2)
 systems and cases: the equations as a list; the cases in any order
