@@ -1385,11 +1385,7 @@ def read_data(args, model, tokenizer):
     fraction = args.data_fraction or 1.0
     options = (0, shapes or SHAPES, fraction, args.seed)
     problems, prompts = read_problems(args, model, tokenizer, args.data, *options)
-    require(
-        len(problems) >= args.prompts_per_step,
-        f"--prompts-per-step {args.prompts_per_step}, but {args.data} has {len(problems)} usable "
-        "problems",
-    )
+    require_enough_problems(args, problems)
     if not args.eval_data:
         return problems, prompts, [], []
     # The held-out file may also have one of the known shapes.
@@ -1401,6 +1397,14 @@ def read_data(args, model, tokenizer):
         count = f"{len(overlap)} of {len(held_out)}"
         print0(f"WARNING {count} held-out problems are in the training data too")
     return problems, prompts, held_out, held_out_prompts
+
+
+def require_enough_problems(args, problems):
+    require(
+        len(problems) >= args.prompts_per_step,
+        f"--prompts-per-step {args.prompts_per_step}, but {args.data} has {len(problems)} usable "
+        "problems",
+    )
 
 
 def encode_solutions(args, tokenizer, problems):
@@ -1417,6 +1421,28 @@ def encode_solutions(args, tokenizer, problems):
         f"--sft-steps {args.sft_steps}, but no problem in {args.data} has a solution to learn from",
     )
     return solutions
+
+
+def drop_unearnable_problems(run):
+    """Drop training problems whose reference does not equal itself: no response can be correct.
+
+    Rank 0 decides for all. Not with --reward, which may ask something else of a reference.
+    """
+    if run.args.reward:
+        return
+    references = [problem.answer for problem in run.problems]
+    earnable = run.verifier.self_consistent(references) if rank() == 0 else None
+    earnable = all_gather(earnable)[0]
+    kept = [i for i, holds in enumerate(earnable) if holds]
+    if len(kept) == len(references):
+        return
+    count = len(references) - len(kept)
+    print0(f"data    {count} dropped: no response can be correct, since the reference has no value")
+    run.problems = [run.problems[i] for i in kept]
+    run.prompts = [run.prompts[i] for i in kept]
+    solutions = [run.solutions.get(i) for i in kept]
+    run.solutions = {i: solution for i, solution in enumerate(solutions) if solution}
+    require_enough_problems(run.args, run.problems)
 
 
 def create_run_dir(run):
@@ -2188,6 +2214,7 @@ def main(argv=None):
         # torchrun's workers on several machines may see different things: rank 0's flags count.
         args = all_gather(args)[0]
         run = on_all_ranks(lambda: setup(args))
+        drop_unearnable_problems(run)
         create_run_dir(run)
     except (ValueError, OSError) as error:
         exit_with_error("train.py", error)

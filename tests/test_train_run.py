@@ -301,6 +301,28 @@ def test_a_run_draws_its_prompts_in_that_order(runs):
     assert sorted(rows[:24]) == list(range(24))
 
 
+def test_references_that_no_response_can_earn_are_dropped(runs, capsys, monkeypatch):
+    """From training, where they would only be all wrong; held out they stay, as the benchmark has
+    them. A grader of one's own may earn them."""
+    data, held_out = runs.folder / "unearnable.jsonl", runs.folder / "unearnable_test.jsonl"
+    unequal = {"problem": "6+6=?", "answer": "(a) 0, (b) {", "solution": "0"}
+    line = json.dumps(unequal) + "\n"
+    data.write_text(line + (runs.folder / "train.jsonl").read_text())
+    held_out.write_text(line.replace("6+6", "6+6+6") + (runs.folder / "test.jsonl").read_text())
+    directory = runs.new(data=data, eval_data=held_out, steps=6, sft_steps=1)
+    assert "data    1 dropped: no response can be correct" in capsys.readouterr().out
+    rows = {line["row"] for line in tiny_runs.lines(directory / "groups.jsonl")}
+    assert rows == set(range(1, 25))  # one epoch of what is left
+    per_problem = tiny_runs.evaluations(directory)[0]["per_problem"]
+    assert len(per_problem) == 5
+    (runs.folder / "any.py").write_text("from reward import grade\n")
+    runs.new(data=data, reward=f"{runs.folder / 'any.py'}:grade", steps=0)
+    assert "1 dropped" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        runs.new(data=data, prompts_per_step=25, minibatch_prompts=25)
+    assert "has 24 usable problems" in capsys.readouterr().err
+
+
 def test_what_is_dropped_and_what_overlaps_is_said(runs, capsys):
     lines = (runs.folder / "train.jsonl").read_text().splitlines()
     data, held_out = runs.folder / "dropped.jsonl", runs.folder / "overlap.jsonl"

@@ -90,6 +90,9 @@ class Judge:
         groups = zip(responses, references, strict=True)
         return [judged(tuple(texts), reference) for texts, reference in groups]
 
+    def self_consistent(self, references):
+        return [reward.score(f"\\boxed{{{each}}}", each) > 0 for each in references]
+
     def close(self):
         pass
 
