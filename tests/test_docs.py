@@ -58,11 +58,20 @@ LONG = {
     "python train.py --reward format.py:grade": (
         "the demonstration with another reward; a test below trains a tiny model with it"
     ),
-    "python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct ...": (
+    "python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/words_train...": (
         "36 minutes on one core at fbe0b8e"
     ),
+    "python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --eval-data "
+    "test.jsonl --run-dir runs/mine ...": "72 s on one core (docs/running.md)",
+    "python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --eval-data "
+    "test.jsonl --run-dir runs/gpu ...": HUB,
     "python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data ...": HUB,
-    "python eval.py --model runs/mine/model ...": "needs the run above it",
+    "python eval.py --run runs/mine": "needs the run above it; 10 s",
+    "python to_jsonl.py": "a script and a CSV of the reader's",
+    "python reward.py --audit before.jsonl": "needs the evaluation above it; 3 s",
+    "cat runs/mine/samples.txt": "needs the run above it",
+    "python study/plot.py runs/mine": "needs the run above it; tests/test_reports.py draws one",
+    "python study/track.py runs/mine wandb": "needs an account; tests/test_reports.py has a fake",
     "python train.py --run-dir runs/mine ...": "needs the run above it",
     "python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --dtype bfloat16": HUB,
     "torchrun --nproc-per-node 2 train.py ...": HUB,
@@ -70,8 +79,11 @@ LONG = {
     "torchrun --nnodes 2 ...": HUB,
     "torchrun --nproc-per-node 8 eval.py --model runs/paper/model "
     "--data hf://datasets/HuggingFaceH4/MATH...": HUB,
-    "python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct ...": (
+    "python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data hf...": (
         "23 minutes on one core at a1da687"
+    ),
+    "python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data test.jsonl ...": (
+        "13 s on one core (docs/running.md)"
     ),
     "torchrun --nproc-per-node 8 eval.py --model runs/paper/model "
     "--data hf://datasets/HuggingFaceH4/aime...": HUB,
@@ -257,7 +269,7 @@ def test_flags_of_long_commands_are_known(document, tmp_path):
         if script == "train.py":
             train.build_parser().parse_args(arguments)
         elif arguments:
-            evaluation.parse_flags([*arguments, "--device", "cpu"])
+            evaluation.make_parser().parse_args(arguments)
 
 
 # ------------------------------------------------------------------------------- README and metrics
