@@ -74,7 +74,8 @@ def caller():
     frame = sys._getframe(1)
     while frame:
         name = frame.f_code.co_filename
-        if name.startswith(ROOT) and name != HERE:
+        # A virtual environment may lie in the repository, with torch in it.
+        if name.startswith(ROOT) and name != HERE and "site-packages" not in name:
             return f"{Path(name).name}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"

@@ -88,6 +88,7 @@ LONG = {
     "torchrun --nproc-per-node 8 eval.py --model runs/paper/model "
     "--data hf://datasets/HuggingFaceH4/aime...": HUB,
     "python train.py … --plan 8": "any flags; tests/test_train_flags.py runs --plan",
+    "python tests/gpu_check.py": "needs a GPU; tests/test_gpu.py runs it on the CPU",
     "python tests/bench_rollout.py --cpu-time --repeat 3": "the times stand in the table below it",
     "python tests/bench_step.py": "the times stand in the table below it",
     "python tests/bench_memory.py --repeat 3": "its figures stand beside it",

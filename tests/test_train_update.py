@@ -53,6 +53,7 @@ def make_run(dtype=torch.float64, **changes):
         "max_grad_norm": 0.0,
         "lr": 1e-3,
         "old_logprobs": "recompute",
+        "micro_tokens": train.MICRO_TOKENS["cpu"],
     }
     args = argparse.Namespace(**flags | {"minibatch_prompts": PROMPTS} | changes)
     run = train.Run(
