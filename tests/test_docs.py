@@ -93,7 +93,7 @@ LONG = {
     "python tests/bench_step.py": "the times stand in the table below it",
     "python tests/bench_memory.py --repeat 3": "its figures stand beside it",
     "python study/lab.py RUN/groups.jsonl": "a placeholder; docs/lab.md's of this form are run",
-    "python tests/kill_ranks.py --kills 50": "343 s (docs/ranks.md)",
+    "python tests/kill_ranks.py --kills 50": "552 s (docs/ranks.md)",
     "python tests/bench_ranks.py": "its table stands below it",
     "python study/study.py --jobs 2": (
         "a minute a cell of two at a time, 3 a warm start, 15 on SmolLM2-135M"
