@@ -3205,6 +3205,8 @@ def text_of(fields, *names: str):
 
 def audit_line(fields, place):
     """(seconds, rule, verdict, a line to show) of one line of a file."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place}: a JSON object is needed")
     response = text_of(fields, "response", "pred", "completion")
     reference = text_of(fields, "reference", "gold", "answer")
     if response is None or reference is None:
@@ -3220,9 +3222,15 @@ def audit_line(fields, place):
 def audit(path: str, shown: int = 5) -> None:
     """What the checker made of a JSONL of responses: found by which rule, parsed or not, the
     slowest, and examples."""
+    results = []
     with open(path, encoding="utf-8") as file:
-        lines = enumerate(map(json.loads, file), 1)
-        results = [audit_line(fields, f"{path}:{row}") for row, fields in lines]
+        for row, text in enumerate(file, 1):
+            place = f"{path}:{row}"
+            try:
+                fields = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+            results.append(audit_line(fields, place))
     examples = {}
     for _, _, verdict, line in results:
         examples.setdefault(verdict, []).append(line)
@@ -3254,8 +3262,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.explain:
         print_explanation(*args.explain)
-    else:
+        return
+    try:
         audit(args.audit)
+    except (OSError, ValueError) as error:
+        print(f"reward.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -1206,6 +1206,20 @@ def test_audit(tmp_path, capsys):
         assert part in said
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{\n", "bad.jsonl:1:"), ("5\n", "JSON object"), ("{}\n", "reference"), (None, "bad.jsonl")],
+)
+def test_an_audit_of_a_bad_file_ends_in_one_line(tmp_path, capsys, text, said):
+    path = tmp_path / "bad.jsonl"
+    if text:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        reward.main(["--audit", str(path)])
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.count("\n") == 1 and said in message
+
+
 # -- labelled answers and GSM8K, where the optional material is there
 def test_labelled_pairs(shared):
     with open(f"{shared}/checker/dev.jsonl", encoding="utf-8") as file:
