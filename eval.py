@@ -158,7 +158,6 @@ def make_parser():
     add("--data", help="problems: JSONL, parquet or hf://datasets/OWNER/NAME/FILE")
     add("--problem-field", help="field of the problem, a.b for b in a (default: known shapes)")
     add("--answer-field", help="field of the answer, likewise")
-    add("--data-fraction", type=share, default=1.0, help="share of the problems, drawn by --seed")
     add("--k", type=count, help="samples per problem (default 8, with --greedy 1)")
     add("--temperature", type=positive, help="of sampling (default 1; for 0 say --greedy)")
     add("--top-p", type=share, default=1.0, help="nucleus sampling: probability kept (1 = all)")
@@ -300,7 +299,7 @@ def evaluate(args):
         shapes = [(args.problem_field, args.answer_field, "solution")]
         if args.run:  # whose held-out file may also have one of the known shapes
             shapes.extend(SHAPES)
-    options = (args.limit, shapes, args.data_fraction, args.seed)
+    options = (args.limit, shapes)
     problems, prompts = read_problems(args, model, tokenizer, args.data, *options)
     print_settings(args)
     started = time.monotonic()

@@ -1382,8 +1382,7 @@ def read_data(args, model, tokenizer):
     shapes = []
     if args.problem_field:
         shapes = [(args.problem_field, args.answer_field, "solution")]
-    fraction = args.data_fraction or 1.0
-    options = (0, shapes or SHAPES, fraction, args.seed)
+    options = (0, shapes or SHAPES)
     problems, prompts = read_problems(args, model, tokenizer, args.data, *options)
     require_enough_problems(args, problems)
     if not args.eval_data:
@@ -1806,11 +1805,6 @@ def build_parser():
     add(
         "--answer-field",
         help="field of the answer, likewise; held-out files may have a known shape too",
-    )
-    add(
-        "--data-fraction",
-        type=number_in(float, "(0, 1]"),
-        help="train on this part of the problems, drawn by --seed (default: all)",
     )
     add("--max-prompt-tokens", type=count, help="problems with longer prompts are dropped")
     add = parser.add_argument_group("rollout").add_argument

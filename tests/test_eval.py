@@ -414,8 +414,6 @@ def refused(capsys, arguments):
         (["--limit", -3], "--limit: -3"),
         (["--seed", -1], "--seed: -1"),
         (["--rollout-batch", -1], "--rollout-batch: -1"),
-        (["--data-fraction", 0], "--data-fraction: 0 is"),
-        (["--data-fraction", "nan"], "--data-fraction: nan"),
         (["--answer-field", "gold"], "belong together"),
         (["--greedy", "--k", 4], "--greedy has one response"),
         (["--greedy", "--top-p", 0.5], "--greedy has one response"),

@@ -78,7 +78,6 @@ CHANGES = {
     "eval_data": ({}, None, lambda directory: (directory / "eval.jsonl").exists()),
     "problem_field": (FIELDS, "solution", groups("answers")),
     "answer_field": (FIELDS, "problem", groups("R")),
-    "data_fraction": ({}, 0.5, groups("row")),
     "max_prompt_tokens": ({}, 7, groups("row")),
     "prompts_per_step": ({}, 6, metric("prompts_drawn")),
     "group_size": ({}, 3, lambda directory: len(groups("correct")(directory)[0])),
@@ -593,8 +592,6 @@ REFUSALS = {
         {"problem_field": "problem", "answer_field": "gold"},
         ':1: the field "gold" is missing',
     ),
-    "more than all the data": ({"data_fraction": 1.5}, "--data-fraction: 1.5 is not in (0, 1]"),
-    "too small a part": ({"data_fraction": 0.1}, "2 usable"),
     "parquet that is none": ({"data": "no.parquet"}, "no.parquet"),
     "no such place": ({"eval_data": "hf://datasets/x.jsonl"}, "hf://datasets/OWNER/NAME/FILE"),
     "no usable held-out problem": ({"eval_data": "LONG"}, "no usable"),
@@ -656,7 +653,7 @@ REFUSALS = {
         "export_every seed gamma global_coef kl_coef overlong_factor weight_decay max_grad_norm "
         "eval_temperature dual_clip",
         0: "max_prompt_tokens max_new_tokens minibatch_prompts micro_tokens eval_samples keep "
-        "verifier_workers temperature lr verifier_timeout clip_high clip_low data_fraction",
+        "verifier_workers temperature lr verifier_timeout clip_high clip_low",
         1: "beta1 beta2 verifier_memory",
         "nan": "lr temperature gamma rho kl_coef clip_low clip_high dual_clip beta1 weight_decay",
         "inf": "lr temperature gamma rho",
