@@ -20,14 +20,13 @@ import shutil
 import warnings
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -238,10 +237,34 @@ def causal_attention(q, k, v):
     return out.transpose(1, 2)
 
 
-def take_rows(x, index):
-    """x[index] of x (N,...), through F.embedding: its gradient is fast and always sums in one
-    order."""
-    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+class _PadRows(torch.autograd.Function):
+    """x (N,...) -> x[pad_index] (B,T,...). Its gradient sums, for each token, those of its places.
+
+    Autograd would sort the places for that, in every layer. A Packing has them sorted once.
+    """
+
+    @staticmethod
+    def forward(ctx, x, packing):
+        ctx.packing = packing
+        return x[packing.pad_index]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        places, starts = ctx.packing.sum_index, ctx.packing.sum_starts
+        sums = F.embedding_bag(places, gradient.flatten(0, 1).flatten(1), starts, mode="sum")
+        return sums.unflatten(1, gradient.shape[2:]), None
+
+
+class Packing(NamedTuple):
+    """How attention finds B padded rows in a line of N tokens, some of which are in several rows.
+
+    A place is one of the B·T; S of them hold a token, the others padding.
+    """
+
+    pad_index: torch.Tensor  # (B,T) the token, 0…N−1, at each place
+    unpad_index: torch.Tensor  # (N,) the place whose result each token takes
+    sum_index: torch.Tensor  # (S,) the places of token 0, then those of token 1, and so on
+    sum_starts: torch.Tensor  # (N,) where in sum_index each token's places start
 
 
 class Attention(nn.Module):
@@ -266,8 +289,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, attention=causal_attention, packing=None):
         """x (B,T,D) -> (B,T,D). attention: a function in place of causal_attention.
 
-        packing: x is then one line of tokens (1,N,D), and only attention sees rows, which the pair
-        (pad_index, unpad_index) makes and undoes: see Transformer.packed_logprobs."""
+        packing: x is then one line of tokens (1,N,D), and only attention sees rows, which a
+        Packing makes and undoes."""
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -278,11 +301,10 @@ class Attention(nn.Module):
             q, k = qk.split(heads, 2)
             out = attention(q, k, v)
         else:
-            pad_index, unpad_index = packing
-            qkv = take_rows(torch.cat([qk, v], 2)[0], pad_index)  # (B,T,H+2K,E)
+            qkv = _PadRows.apply(torch.cat([qk, v], 2)[0], packing)  # (B,T,H+2K,E)
             q, k, v = qkv.split([*heads, v.shape[2]], 2)
             # Each place is taken at most once, so this gradient needs no sums in a fixed order.
-            out = attention(q, k, v).flatten(0, 1).index_select(0, unpad_index)[None]
+            out = attention(q, k, v).flatten(0, 1).index_select(0, packing.unpad_index)[None]
         return self.o_proj(out.flatten(2))
 
 
@@ -389,21 +411,18 @@ class Transformer(nn.Module):
         empty = logprobs.new_zeros(len(ids), width)
         return empty.index_put((row, step), logprobs), empty.index_put((row, step), entropy)
 
-    def packed_logprobs(
-        self, ids, positions, pad_index, unpad_index, predictors, targets, temperature=1.0
-    ):
+    def packed_logprobs(self, ids, positions, packing, predictors, targets, temperature=1.0):
         """Log-probs and entropy (nats) of M tokens, without padding and with shared prompts run
         once: what training calls.
 
         ids, positions (N,): the tokens of a micro-batch in one line and their places in their rows.
-        pad_index (B,T): the token, 0…N−1, at each place of the padded rows that attention sees.
-        unpad_index (N,): the place, 0…B·T−1, whose result each token takes.
+        packing: the rows that attention sees.
         predictors (M,): the tokens, of the N, whose hidden states predict.
         targets (M,): the token ids that they predict.
         -> both (M,). One call for body and head, as in response_logprobs."""
-        packing = (pad_index, unpad_index)
         hidden = self.forward(ids[None], positions[None], packing=packing)[0]
-        picked = take_rows(hidden, predictors)
+        # Taken through F.embedding, whose gradient always sums in one order.
+        picked = F.embedding(predictors, hidden)
         return token_logprobs(picked, self.head_weight(), targets, temperature)
 
     @classmethod
@@ -478,18 +497,20 @@ class Transformer(nn.Module):
             raw[name] = str(dtype).removeprefix("torch.")
         (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
-        shards = _plan_shards(self.state_dict(), dtype)
-        weights = iter(weights or self.state_dict().items())
-        for file, names in shards.items():
-            part = {}
-            for name, tensor in islice(weights, len(names)):
-                part[name] = tensor.detach().to("cpu", dtype).contiguous()
-            save_file(part, path / file, metadata={"format": "pt"})
-            shutil.copymode(path / "config.json", path / file)  # save_file's is for the owner alone
-        if len(shards) > 1:
-            total = sum(tensor.numel() for tensor in self.state_dict().values()) * dtype.itemsize
-            files = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": total}, "weight_map": files}
+        state = self.state_dict()
+        planned = {
+            name: torch.empty(w.shape, dtype=dtype, device="meta") for name, w in state.items()
+        }
+        split = split_torch_state_dict_into_shards(planned, max_shard_size=SHARD_BYTES)
+        parts = {file: {} for file in split.filename_to_tensors}
+        for name, tensor in weights or state.items():
+            file = split.tensor_to_filename[name]
+            parts[file][name] = tensor.detach().to("cpu", dtype).contiguous()
+            if len(parts[file]) == len(split.filename_to_tensors[file]):
+                save_file(parts.pop(file), path / file, metadata={"format": "pt"})
+                shutil.copymode(path / "config.json", path / file)  # it was for the owner alone
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -552,23 +573,6 @@ def _copy_other_files(source, target):
             copy = target / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
-
-
-def _plan_shards(state, dtype):
-    """{file name: names of its tensors}: files of at most SHARD_BYTES, tensors in order."""
-    groups = [[]]
-    size = 0
-    for name, tensor in state.items():
-        tensor_bytes = tensor.numel() * dtype.itemsize
-        if groups[-1] and size + tensor_bytes > SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += tensor_bytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    count = len(groups)
-    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": groups[i] for i in range(count)}
 
 
 # ---------------------------------------------------------------------------- log-probs

@@ -54,7 +54,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out under PYTHONSAFEPATH
 import copo
 from eval import json_object, maj_at_k, mean_at_k, number_in, read_problems
-from model import CHUNK_LOGITS, Config, Transformer, model_directory, read_weights
+from model import CHUNK_LOGITS, Config, Packing, Transformer, model_directory, read_weights
 from reward import SHAPES, Verifier, fingerprint, same_text
 from sampler import (
     INSTRUCTION,
@@ -480,8 +480,7 @@ class MicroBatch(NamedTuple):
 
     ids: torch.Tensor  # (N,)
     positions: torch.Tensor  # (N,)
-    pad_index: torch.Tensor  # (B,T) which of the N tokens stands at each place of the padded rows
-    unpad_index: torch.Tensor  # (N,) at which of the B·T places each token has its result
+    packing: Packing  # the padded rows that attention sees
     predictors: torch.Tensor  # (M,) those of the N tokens that predict a response token
     targets: torch.Tensor  # (M,) the token ids that they predict
     places: torch.Tensor  # (M,) at which of the B·R places these stand
@@ -493,8 +492,7 @@ class MicroBatch(NamedTuple):
         logprobs, entropy = model.packed_logprobs(
             self.ids,
             self.positions,
-            self.pad_index,
-            self.unpad_index,
+            self.packing,
             self.predictors,
             self.targets,
             temperature,
@@ -516,7 +514,7 @@ def collate(chunks, pairs, device):
     if not chunks:  # an empty micro-batch: one token that predicts nothing
         chunks = [Chunk([0], 1)]
         pairs = {0: ([0], [])}
-    tokens = []  # (id, row of the micro-batch, position in this row) of each of the N
+    tokens = []  # (id, position in its row) of each of the N
     padded = []  # of each row, which of them it holds
     predictions = []  # (which of them predicts, token id that it predicts)
     rows = []
@@ -525,7 +523,7 @@ def collate(chunks, pairs, device):
     def run_tokens(ids, position):
         """Append tokens of the row to come; returns which of the N they are."""
         first = len(tokens)
-        tokens.extend((token_id, len(rows), position + i) for i, token_id in enumerate(ids))
+        tokens.extend((token_id, position + i) for i, token_id in enumerate(ids))
         return list(range(first, len(tokens)))
 
     for chunk in chunks:
@@ -538,24 +536,39 @@ def collate(chunks, pairs, device):
             padded.append(torch.tensor(row_tokens))
             rows.append(row)
             lengths.append(len(response))
-    ids, row_of, positions = torch.tensor(tokens).T.contiguous()
+    ids, positions = torch.tensor(tokens).T.contiguous()
     predictors, targets = torch.tensor(predictions, dtype=torch.long).view(-1, 2).T.contiguous()
-    pad_index = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
     mask = torch.arange(max(lengths) or 1) < torch.tensor(lengths)[:, None]
     batch = MicroBatch(
         ids=ids,
         positions=positions,
-        pad_index=pad_index,
-        unpad_index=row_of * pad_index.shape[1] + positions,
+        packing=pack_rows(padded),
         predictors=predictors,
         targets=targets,
         places=mask.flatten().nonzero()[:, 0],
         mask=mask,
         rows=torch.tensor(rows),
     )
-    if device == "cuda":  # copies from pinned memory do not make the host wait
-        batch = [tensor.pin_memory() for tensor in batch]
-    return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    return to_device(batch, device)
+
+
+def pack_rows(rows):
+    """rows: of each row, which of the tokens 0…N−1 it holds -> their Packing."""
+    index = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    order = index.flatten().argsort(stable=True)
+    sum_index = order[(index < 0).sum() :]
+    counts = torch.cat(rows).bincount()  # of each token, the places it has
+    sum_starts = counts.cumsum(0) - counts
+    return Packing(index.clamp(min=0), sum_index[sum_starts], sum_index, sum_starts)
+
+
+def to_device(value, device):
+    """A tensor, or a named tuple of tensors and of such tuples, on the device."""
+    if not isinstance(value, torch.Tensor):
+        return type(value)(*(to_device(part, device) for part in value))
+    if device == "cuda":
+        value = value.pin_memory()  # a copy from there does not make the host wait
+    return value.to(device, non_blocking=True)
 
 
 def prompt_response_pairs(rollout, rows):

@@ -10,15 +10,17 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import gpu_check
 import pytest
 import torch
 from pretended_gpu import PretendedTensor, pretended_gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from model import Transformer
+from model import Packing, Transformer
 from sampler import Decoder, KVCache, cache_bytes, cache_capacity, generate
 
 TINY = Path(__file__).parent.parent / "data" / "tiny" / "config.json"
@@ -190,7 +192,8 @@ def packed(ids, prompt_lengths, lengths):
         targets.append(row[p : p + n])
     lists = (rows, positions, unpad_index, predictors, targets)
     line, positions, unpad_index, predictors, targets = map(torch.cat, lists)
-    return line, positions, pad_index, unpad_index, predictors, targets
+    packing = Packing(pad_index, unpad_index, unpad_index, torch.arange(len(unpad_index)))
+    return line, positions, packing, predictors, targets
 
 
 @pytest.mark.parametrize("way", ["response_logprobs", "packed_logprobs"])
@@ -205,7 +208,7 @@ def test_scoring_and_its_gradient_are_the_cpus(way, checkpointing):
             block.activation_checkpointing = checkpointing
         if device == "cuda":
             gpu.reset()
-        logprobs, entropy = getattr(model, way)(*(x.to(device) for x in inputs), 0.8)
+        logprobs, entropy = getattr(model, way)(*(train.to_device(x, device) for x in inputs), 0.8)
         logprobs.sum().backward()
         names = ("embed_tokens.weight", "layers.0.self_attn.k_proj.bias", "norm.weight")
         grads = [model.model.get_parameter(name).grad for name in names]
@@ -221,6 +224,27 @@ def test_scoring_and_its_gradient_are_the_cpus(way, checkpointing):
     within = [line for line in gpu.waits if line.startswith(("model.py", "elsewhere"))]
     assert len(within) <= (2 if way == "response_logprobs" else 0), within
     assert {kernel for kernel, _, _ in gpu.attentions} == {"efficient"}
+
+
+def test_layers_sort_no_indices():
+    """Every layer sorted the places of the tokens again, to sum their gradients in one order."""
+    sorting = {"embedding_dense_backward", "index_put", "_index_put_impl", "sort", "argsort"}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counts[function.overloadpacket.__name__] += 1
+            return function(*args, **(kwargs or {}))
+
+    found = []
+    for layers in (1, 3):
+        counts = Counter()
+        model = tiny(layers=layers)
+        with Count():
+            model.packed_logprobs(*packed(*responses()))[0].sum().backward()
+        assert counts["_embedding_bag_forward_only"] == layers
+        found.append({name: counts[name] for name in sorting if counts[name]})
+    # Those of the embedding, and of the tokens that predict.
+    assert found == [{"embedding_dense_backward": 2}] * 2
 
 
 GRADE = """

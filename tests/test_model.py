@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import model as model_file
-from model import Config, Transformer, read_weights, token_logprobs
+from model import Config, Packing, Transformer, read_weights, token_logprobs
 
 LLAMA3 = {
     "factor": 8.0,
@@ -594,7 +594,7 @@ def test_response_logprobs_ignores_padding_and_trains_the_end_token():
 
 
 def pack(rows, prompt_lengths, response_lengths, owners):
-    """The indices of packed_logprobs, token by token: a prompt stands where its owner's row has it.
+    """packed_logprobs' arguments, token by token: a prompt stands where its owner's row has it.
 
     -> (its arguments, the (row, step) of each of the M tokens)"""
     line, positions, owned, pad_index = [], [], {}, torch.zeros(rows.shape, dtype=torch.long)
@@ -613,14 +613,19 @@ def pack(rows, prompt_lengths, response_lengths, owners):
         indices = list(owned[owner])
         indices += [add(rows[row, t], t) for t in range(start, start + length - 1)]
         pad_index[row, : len(indices)] = torch.tensor(indices)
-        places |= {index: row * rows.shape[1] + t for t, index in enumerate(indices)}
+        for t, index in enumerate(indices):
+            places.setdefault(index, []).append(row * rows.shape[1] + t)
         for step in range(length):
             predictors.append(indices[start - 1 + step])
             targets.append(int(rows[row, start + step]))
             steps.append((row, step))
-    unpad_index = [places[index] for index in range(len(line))]
-    index = [torch.tensor(x, dtype=torch.long) for x in (unpad_index, predictors, targets)]
-    return (torch.tensor(line), torch.tensor(positions), pad_index, *index), steps
+    places = [places[index] for index in range(len(line))]
+    unpad_index = torch.tensor([own[-1] for own in places])  # any of them will do
+    sum_index = torch.tensor([place for own in places for place in own])
+    sum_starts = torch.tensor([0, *(len(own) for own in places)]).cumsum(0)[:-1]
+    packing = Packing(pad_index, unpad_index, sum_index, sum_starts)
+    predictions = [torch.tensor(x, dtype=torch.long) for x in (predictors, targets)]
+    return (torch.tensor(line), torch.tensor(positions), packing, *predictions), steps
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
@@ -683,7 +688,8 @@ def test_an_empty_micro_batch_has_zero_gradients():
     gradients of 0."""
     model = Transformer.from_config(random_config("llama", True, 0))
     none, zero = torch.zeros(0, dtype=torch.long), torch.zeros(1, dtype=torch.long)
-    logprobs, entropy = model.packed_logprobs(zero, zero, zero[None], zero, none, none)
+    packing = Packing(zero[None], zero, zero, zero)
+    logprobs, entropy = model.packed_logprobs(zero, zero, packing, none, none)
     assert logprobs.shape == entropy.shape == (0,)
     logprobs.sum().backward()
     assert all(p.grad is not None and p.grad.eq(0).all() for p in model.parameters())
