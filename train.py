@@ -2141,7 +2141,11 @@ def check_idle_flags(args, cli_args):
             "global_coef consistency_coef",
             "--blend {blend} has no global term",
         ),
-        (not blend.has_local_term(), "advantage", "--blend {blend} has no local term"),
+        (
+            not blend.has_local_term(),
+            "advantage overlong_factor overlong_buffer",  # the penalty enters A^l alone
+            "--blend {blend} has no local term",
+        ),
         (not blend.uses_entropy, "gamma rho", "--blend {blend} does not look at the entropy"),
         (args.kl_coef == 0, "kl_estimator", "--kl-coef is 0"),
         (args.overlong_factor == 0, "overlong_buffer", "--overlong-factor is 0"),

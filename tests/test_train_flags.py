@@ -616,6 +616,10 @@ REFUSALS = {
         {"blend": "global", "advantage": "batch"},
         "--advantage has no effect",
     ),
+    "a penalty without local": (
+        {"blend": "global", "overlong_factor": 1},
+        "--overlong-factor has no effect: --blend global has no local term",
+    ),
     "a sign with a penalty": ({"advantage": "sign", "overlong_factor": 1}, "--overlong-factor"),
     "a sign of dapo": ({"algo": "dapo", "advantage": "sign"}, "--overlong-factor must be 0"),
     "unscaled verdicts": (
