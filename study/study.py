@@ -1,4 +1,4 @@
-"""The study of docs/study.md: nine configurations on three mixes of problems, and a few more runs.
+"""The study of docs/study.md: seventeen configurations on three mixes of problems, and more runs.
 
     python study/study.py --jobs 2                      # every cell that is not on record yet
     python study/study.py --only 'hard/copo-0' --again  # does a cell give its record again?
@@ -8,8 +8,12 @@
 
 A cell is one run of train.py in a process of its own. What compare.py needs of it goes on record,
 into study/record.json. A cell on record is done, so after an interruption the same command goes on.
-Problems are the built-in ones. All runs of a seed start from the same weights: those of its warm
-start on all built-in problems (the cell warm-SEED).
+Two commands may run at a time, on cells of different seeds. Problems are the built-in ones. All
+runs of a seed start from the same weights: those of its warm start on all built-in problems (the
+cell warm-SEED).
+
+What the search for learning rates finds is filled in by hand, LEARNING_RATES below, and so is the
+rule that runs longer, BEST_OTHER. Cells that need either wait for it.
 
 A step is P·G sampled responses. dapo draws more of them for one of its own steps. So a step of dapo
 on record is what dapo had made of as many responses, or of slightly fewer; it is stopped when it
@@ -18,6 +22,7 @@ has used up its share.
 
 import argparse
 import contextlib
+import fcntl
 import io
 import json
 import math
@@ -64,41 +69,50 @@ CONFIGURATIONS = {
     "grpo": "--algo grpo",
     "copo": "--algo copo",
     "copo-paper": "--algo copo-paper",
-    "soft-zero-group": "--blend soft-zero-group",
+    "copo-group": "--algo copo-group",
+    "copo-group-γ20ρ1.5": "--algo copo-group --gamma 20 --rho 1.5",
+    "copo-forced": "--algo copo-forced",
+    "copo-forced-0.3": "--algo copo-forced --global-coef 0.3",
     "global": "--blend global",
     "dr-grpo": "--algo dr-grpo",
     "dapo": "--algo dapo",
     "batch": "--algo grpo --advantage batch",
     "ngrpo": "--algo grpo --advantage ngrpo",
+    "sign": "--algo grpo --advantage sign",
+    "w-reinforce": "--algo grpo --advantage w-reinforce",
+    "ebpo": "--algo grpo --advantage ebpo",
+    "gspo": "--algo grpo --ratio sequence --clip-low 3e-4 --clip-high 4e-4",
+    "placebo": "--algo grpo --placebo",
 }
-# γ and ρ of copo; γ 5, ρ 1 is copo itself.
-GRID = {
-    "γ1ρ0.5": "--gamma 1 --rho 0.5",
-    "γ1ρ1": "--gamma 1 --rho 1",
-    "γ1ρ1.5": "--gamma 1 --rho 1.5",
-    "γ5ρ0.5": "--gamma 5 --rho 0.5",
-    "γ5ρ1.5": "--gamma 5 --rho 1.5",
-    "γ20ρ0.5": "--gamma 20 --rho 0.5",
-    "γ20ρ1": "--gamma 20 --rho 1",
-    "γ20ρ1.5": "--gamma 20 --rho 1.5",
+RATES = ("1e-4", "2e-4", "4e-4")  # that the search tries
+# What it found for each rule that it is run for: the best mean area on the even mix, seeds 5 and 6.
+LEARNING_RATES = {
+    "grpo": "2e-4",
+    "copo": "2e-4",
+    "copo-group": "2e-4",
+    "copo-forced": "2e-4",
+    "ngrpo": "2e-4",
+    "w-reinforce": "2e-4",
 }
-SOME = ("copo", "soft-zero-group", "grpo")  # also with one update a step, and on a real model
+COMMON_RATE = "2e-4"  # of all others, except for
+RATE_OF = {"copo-group-γ20ρ1.5": "copo-group", "copo-forced-0.3": "copo-forced", "placebo": "grpo"}
+# The best rule beside grpo, copo and copo-forced, by mean area on the hard mix, seeds 0 to 2.
+BEST_OTHER = "ngrpo"
+NOT_OTHER = ("grpo", "copo", "copo-forced", "copo-forced-0.3", "placebo")
+ON_SMOLLM2 = ("grpo", "copo-forced", "copo-forced-0.3", "ngrpo")
 
 STEPS = 16  # of a run
 RESPONSES = 240  # of a step: P·G
 EVAL_EVERY = 4  # steps
 EVERY_CELL = "--instruction '' --eval-samples 4 --save-every 0 --verifier-workers 1"
-WARM_START = "--steps 0 --sft-steps 600 --run-dir warm"  # the demonstration's, a little longer
+WARM_START = "--sft-steps 600 --run-dir warm"  # the demonstration's, a little longer
 SIZES = (
     "--model warm/model --max-prompt-tokens 64 --max-new-tokens 64 --prompts-per-step 40 "
-    "--group-size 6 --rollout-batch 0 --lr 2e-4 --beta2 0.95"
+    "--group-size 6 --rollout-batch 0 --beta2 0.95 --minibatch-prompts 10"
 )
-FOUR_UPDATES = f"{SIZES} --minibatch-prompts 10 --steps {STEPS}"  # a step
-ONE_UPDATE = f"{SIZES} --minibatch-prompts 40 --steps {2 * STEPS}"  # as in the demonstration
 REAL_MODEL = (
     "--model MODEL --max-prompt-tokens 128 --max-new-tokens 28 --prompts-per-step 8 "
-    "--group-size 8 --steps 8 --minibatch-prompts 8 --lr 2e-5 --eval-problems 50 "
-    "--micro-tokens 2048"
+    "--group-size 8 --minibatch-prompts 8 --lr 2e-5 --eval-problems 50 --micro-tokens 2048"
 )
 
 
@@ -106,13 +120,23 @@ REAL_MODEL = (
 
 
 class Cell(NamedTuple):
-    name: str  # MIX/CONFIGURATION-SEED, or warm-SEED
+    name: str  # PART/CONFIGURATION-SEED, or warm-SEED; a part is a mix, rate, long or smollm2
     seed: int
-    flags: str  # of train.py; MODEL stands for --model
+    flags: str  # of train.py, but for steps; MODEL stands for --model
+    steps: int = 0
+    eval_every: int = 0  # steps between the evaluations that go on record
 
     @property
     def is_warm_start(self):
         return self.name.startswith("warm-")
+
+    @property
+    def part(self):
+        return self.name.split("/")[0]
+
+    @property
+    def configuration(self):
+        return configuration_of(self.name)
 
     @property
     def directory(self):
@@ -120,42 +144,116 @@ class Cell(NamedTuple):
         return "warm" if self.is_warm_start else self.name
 
 
-def make_cells(mix, seed, configurations, data, sizes):
-    """One cell per configuration, {name: flags}, on the data files DATA_train and DATA_test."""
+def configuration_of(name):
+    """hard/copo-0 -> copo"""
+    return Path(name).name.rsplit("-", 1)[0]
+
+
+def learning_rate(configuration):
+    return LEARNING_RATES.get(RATE_OF.get(configuration, configuration), COMMON_RATE)
+
+
+def mix_cell(part, mix, configuration, rate, seed, steps=STEPS, eval_every=EVAL_EVERY):
+    """A run on a mix, whose files lie beside the seeds' directories."""
+    name = f"{part}/{configuration}-{seed}"
+    rule = configuration.split("@")[0]
+    data = f"--data ../data/{mix}_train.jsonl --eval-data ../data/{mix}_test.jsonl"
+    flags = f"{CONFIGURATIONS[rule]} {data} {SIZES} --lr {rate}"
+    return Cell(name, seed, flags, steps, eval_every)
+
+
+def rate_cells(seed):
+    cells = [Cell(f"warm-{seed}", seed, WARM_START)]
+    for rule in LEARNING_RATES:
+        cells += [mix_cell("rate", "even", f"{rule}@{rate}", rate, seed) for rate in RATES]
+    return cells
+
+
+def main_cells(seed):
+    cells = [Cell(f"warm-{seed}", seed, WARM_START)]
+    for mix in MIXES:
+        cells += [mix_cell(mix, mix, name, learning_rate(name), seed) for name in CONFIGURATIONS]
+    return cells
+
+
+def long_cells(seed):
+    names = ("grpo", "copo", "copo-forced", BEST_OTHER)
+    return [mix_cell("long", "hard", name, learning_rate(name), seed, 64, 8) for name in names]
+
+
+def real_cells(seed):
+    data = f"--data {ROOT}/data/words_train.jsonl --eval-data {ROOT}/data/words_test.jsonl"
     cells = []
-    for name, flags in configurations.items():
-        every = EVAL_EVERY
-        if name == "dapo":
-            every = 1  # one of its own steps may be worth four of the others
-        flags += f" --data {data}_train.jsonl --eval-data {data}_test.jsonl"
-        cells.append(Cell(f"{mix}/{name}-{seed}", seed, f"{flags} {sizes} --eval-every {every}"))
+    for name in ON_SMOLLM2:
+        flags = f"{CONFIGURATIONS[name]} {data} {REAL_MODEL}"
+        cells.append(Cell(f"smollm2/{name}-{seed}", seed, flags, steps=24, eval_every=8))
     return cells
 
 
 def all_cells():
     """Every cell, in the order of running: if time runs out, the last ones are missing."""
-    some = {name: CONFIGURATIONS[name] for name in SOME}
-
-    def main_cells(seed):
-        cells = [Cell(f"warm-{seed}", seed, WARM_START)]
-        for mix in MIXES:
-            cells += make_cells(mix, seed, CONFIGURATIONS, f"../data/{mix}", FOUR_UPDATES)
-        return cells
-
-    def single_cells(seed):
-        return make_cells("single", seed, some, "../data/even", ONE_UPDATE)
-
-    def grid_cells(seed):
-        return make_cells("grid", seed, GRID, "../data/even", FOUR_UPDATES)
-
-    def real_cells(seed):
-        return make_cells("smollm2", seed, some, f"{ROOT}/data/words", REAL_MODEL)
-
-    cells = main_cells(0) + main_cells(1) + main_cells(2)
-    cells += single_cells(0) + grid_cells(0) + real_cells(0)
-    cells += main_cells(3) + main_cells(4)
-    cells += single_cells(1) + single_cells(2) + grid_cells(1) + real_cells(1)
+    cells = rate_cells(5) + rate_cells(6)
+    cells += main_cells(0) + real_cells(0)
+    cells += main_cells(1) + main_cells(2) + real_cells(1)
+    cells += main_cells(3) + main_cells(4) + real_cells(2)
+    cells += long_cells(0) + long_cells(1) + long_cells(2)
     return cells
+
+
+# -------------------------------------------------------------------------------------- the search
+
+
+def accuracies(cell):
+    """Held-out mean@k of each evaluation of a cell on record."""
+    return [fmean(line["correct"]) / line["k"] for line in cell["held_out"]]
+
+
+def area(cell):
+    """The mean accuracy along the way, by trapezoids, as compare.py has it."""
+    first, *between, last = accuracies(cell)  # at equal distances
+    return fmean([(first + last) / 2, *between])
+
+
+def mean_area(record, part, configuration, seeds):
+    """Its mean over seeds; None while one of them is not on record."""
+    names = [f"{part}/{configuration}-{seed}" for seed in seeds]
+    if not all(name in record for name in names):
+        return None
+    return fmean(area(record[name]) for name in names)
+
+
+def best(areas):
+    """The key of the greatest area, the first of equals; None while one is missing."""
+    if None in areas.values():
+        return None
+    return max(areas, key=areas.get)
+
+
+def best_rate(record, rule):
+    return best({rate: mean_area(record, "rate", f"{rule}@{rate}", (5, 6)) for rate in RATES})
+
+
+def best_other(record):
+    others = [name for name in CONFIGURATIONS if name not in NOT_OTHER]
+    return best({name: mean_area(record, "hard", name, (0, 1, 2)) for name in others})
+
+
+def unsettled(cell, record):
+    """What must be settled before a cell may run, in words; "" for nothing."""
+    rule = RATE_OF.get(cell.configuration, cell.configuration)
+    if cell.part in (*MIXES, "long") and rule in LEARNING_RATES:
+        found = best_rate(record, rule)
+        if found is None:
+            return f"the search for {rule}'s learning rate is not done: --only 'rate/{rule}@*'"
+        if found != LEARNING_RATES[rule]:
+            return f"{rule}'s best learning rate is {found}: write it into LEARNING_RATES"
+    if cell.part == "long" and cell.configuration == BEST_OTHER:
+        found = best_other(record)
+        if found is None:
+            return "BEST_OTHER is not known before 'hard/*-[012]' are on record"
+        if found != BEST_OTHER:
+            return f"the best other rule is {found}: write it into BEST_OTHER"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------- problems
@@ -215,6 +313,9 @@ COLUMNS = (
     "all_wrong",
     "zero_gradient_groups",
     "wrong_pushed_up",
+    "right_pushed_down",
+    "token_entropy",
+    "length_mean",
     "loss",
     "prompts_trained",
     "prompts_drawn",
@@ -226,7 +327,32 @@ def vote_unit(k):
     return math.lcm(*range(1, k + 1))
 
 
-def read_run(directory):
+def equal_groups(directory, coef):
+    """What became of the groups of equal verdicts, by step: {column: values}, None without a group.
+
+    share: of the all-wrong (all-right) groups, those with a gradient; adv: their mean effective
+    advantage A = w A^l + coef (1 − w) A^g. Both of the groups trained on.
+    """
+    found = {}  # (verdict, step) -> A of each of its groups
+    for line in compare.read_lines(directory / "groups.jsonl"):
+        if len(set(line["correct"])) > 1:
+            continue
+        effective = []
+        for weight, local_adv in zip(line["weight"], line["local_adv"]):
+            effective.append(weight * local_adv + coef * (1 - weight) * line["global_adv"])
+        found.setdefault((line["correct"][0], line["step"]), []).append(effective)
+    columns = {}
+    for verdict, name in enumerate(("all_wrong", "all_right")):
+        shares = columns[f"{name}_share"] = []
+        advantages = columns[f"{name}_adv"] = []
+        for line in compare.read_lines(directory / "metrics.jsonl"):
+            alike = found.get((verdict, line["step"]))
+            shares.append(fmean(map(any, alike)) if alike else None)
+            advantages.append(fmean(map(fmean, alike)) if alike else None)
+    return columns
+
+
+def read_run(directory, eval_every):
     """A finished run as it goes on record, with steps counted in P·G responses (see above)."""
     info = json.loads((directory / "run.json").read_text())
     flags = info["flags"]
@@ -234,18 +360,20 @@ def read_run(directory):
         flags[name] = "/".join(Path(flags[name]).parts[-2:])
     unit = flags["prompts_per_step"] * flags["group_size"]
 
-    metrics = {name: [] for name in COLUMNS}
-    for line in compare.read_lines(directory / "metrics.jsonl"):
+    equal = equal_groups(directory, flags["global_coef"])
+    metrics = {name: [] for name in (*COLUMNS, *equal)}
+    for i, line in enumerate(compare.read_lines(directory / "metrics.jsonl")):
         if line["responses"] > flags["steps"] * unit:
             break
+        line |= {name: values[i] for name, values in equal.items()}
         line["step"] = line["responses"] / unit
-        for name in COLUMNS:
+        for name in metrics:
             value = line[name]
             metrics[name].append(round(value, 4) if value else value)
 
     held_out = []
     evaluations = compare.read_lines(directory / "eval.jsonl")
-    for step in range(0, flags["steps"] + 1, EVAL_EVERY):
+    for step in range(0, flags["steps"] + 1, eval_every):
         line = [line for line in evaluations if line["responses"] <= step * unit][-1]
         k = line["k"]
         # Shares as whole numbers: exact, and short.
@@ -266,6 +394,18 @@ def load_record():
     return record
 
 
+@contextlib.contextmanager
+def record_lock():
+    """Held by one command at a time: what another has added in between is not to be lost."""
+    RECORD.parent.mkdir(exist_ok=True)
+    folder = os.open(RECORD.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def save_record(record):
     first, *others = [cell["flags"] for cell in record.values()]
     shared = {}
@@ -275,16 +415,19 @@ def save_record(record):
     lines = []
     for name, cell in sorted(record.items()):
         own = {flag: value for flag, value in cell["flags"].items() if flag not in shared}
-        lines.append(f"{json.dumps(name)}: {json.dumps(cell | {'flags': own})}")
+        lines.append(f"{json.dumps(name)}: {compact(cell | {'flags': own})}")
     cells = ",\n".join(lines)
-    RECORD.parent.mkdir(exist_ok=True)
     unfinished = RECORD.with_suffix(".partial")
     unfinished.write_text(f'{{"flags": {json.dumps(shared)}, "cells": {{\n{cells}\n}}}}\n')
     os.replace(unfinished, RECORD)
 
 
+def compact(value):
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def unpack(record, folder):
-    """Write each cell on record as a run's directory, folder/MIX/CONFIGURATION-SEED."""
+    """Write each cell on record as a run's directory, folder/PART/CONFIGURATION-SEED."""
     for name, cell in record.items():
         evaluations = []
         for line in cell["held_out"]:
@@ -321,9 +464,11 @@ class Job:
 
 def command(cell, model):
     """The command of a cell, to be run in the seed's directory."""
-    flags = shlex.split(f"{cell.flags} {EVERY_CELL} --seed {cell.seed}")
+    flags = shlex.split(f"{cell.flags} {EVERY_CELL} --steps {cell.steps} --seed {cell.seed}")
     if not cell.is_warm_start:
-        flags += ["--run-dir", cell.name]
+        # One of dapo's own steps may be worth four of the others.
+        every = 1 if cell.configuration == "dapo" else cell.eval_every
+        flags += ["--eval-every", str(every), "--run-dir", cell.name]
     if model:
         flags = [model if flag == "MODEL" else flag for flag in flags]
     return [sys.executable, str(ROOT / "train.py"), *flags]
@@ -332,24 +477,24 @@ def command(cell, model):
 def run_cells(waiting, args):
     """Run cells, --jobs at a time, always the first that can start.
 
-    One that fails is named, and the others go on.
+    One that fails is named, and the others go on. What is left at the end waits for something.
     """
     runs = Path(args.runs).resolve()
     if not (runs / "data").exists():
         make_mixes(runs / "data")
     jobs = []
     failed = []
+    record = load_record()
     # As Ctrl-C does, SIGTERM ends the runs too.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        while waiting or jobs:
-            cell = next((cell for cell in waiting if can_start(cell, runs)), None)
+        while True:
+            cell = next((cell for cell in waiting if not obstacle(cell, runs, record)), None)
             if cell and len(jobs) < args.jobs:
                 waiting.remove(cell)
                 jobs.append(start(cell, runs, args.model))
-            if waiting and not jobs:
-                seed = waiting[0].seed
-                raise SystemExit(f"{waiting[0].name} needs warm-{seed}, which is not there")
+            if not jobs:
+                break
             time.sleep(0.2)
             for job in list(jobs):
                 if job.process.poll() is None:
@@ -363,16 +508,27 @@ def run_cells(waiting, args):
                     failed.append(job.cell.name)
                 print(f"{job.cell.name}: {time.monotonic() - job.started:.0f} s, {outcome}")
                 sys.stdout.flush()
+                record = load_record()
     finally:
         signal.signal(signal.SIGTERM, before)
         for job in jobs:
             job.process.kill()
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
+    if waiting:
+        why = obstacle(waiting[0], runs, record)
+        exit_with_error("study.py", f"{waiting[0].name} and {len(waiting) - 1} more wait: {why}")
 
 
-def can_start(cell, runs):
-    """A cell that starts from its seed's warm model must wait for it."""
+def obstacle(cell, runs, record):
+    """Why a cell cannot start yet, in words; "" if it can."""
+    if not is_warm(cell, runs):
+        return f"warm-{cell.seed} is not there"
+    return unsettled(cell, record)
+
+
+def is_warm(cell, runs):
+    """Whether what a cell starts from, which may be its seed's warm model, is there."""
     return "warm/model" not in cell.flags or (runs / f"seed-{cell.seed}/warm/model").exists()
 
 
@@ -394,7 +550,7 @@ def stop_if_done(job):
     if "dapo" not in job.cell.name or job.stopped:
         return
     metrics = compare.read_lines(job.directory / "metrics.jsonl")
-    if metrics and metrics[-1]["responses"] >= STEPS * RESPONSES:
+    if metrics and metrics[-1]["responses"] >= job.cell.steps * RESPONSES:
         job.stopped = True
         job.process.terminate()  # train.py saves and ends; a second signal would kill it
 
@@ -406,21 +562,21 @@ def finish(job, again):
     """
     if job.cell.is_warm_start:
         return "ready"
-    record = load_record()
-    new = read_run(job.directory)
+    new = read_run(job.directory, job.cell.eval_every)
     for folder in ("checkpoints", "model"):
         shutil.rmtree(job.directory / folder, ignore_errors=True)
-    accuracies = [f"{fmean(line['correct']) / line['k']:.1%}" for line in new["held_out"]]
-    text = " ".join(accuracies)
-    if again and job.cell.name in record:
-        old = record[job.cell.name]
-        old["metrics"]["seconds"] = new["metrics"]["seconds"]  # the one number that may differ
-        if old["metrics"] == new["metrics"] and old["held_out"] == new["held_out"]:
-            return f"{text}; every number is the one on record"
-        return f"{text}; NOT the one on record (other CPUs and versions of PyTorch round otherwise)"
-    record[job.cell.name] = new
-    save_record(record)
-    return text
+    text = " ".join(f"{share:.1%}" for share in accuracies(new))
+    with record_lock():
+        record = load_record()
+        old = record.get(job.cell.name)
+        if old is None or not again:
+            record[job.cell.name] = new
+            save_record(record)
+            return text
+    old["metrics"]["seconds"] = new["metrics"]["seconds"]  # the one number that may differ
+    if old["metrics"] == new["metrics"] and old["held_out"] == new["held_out"]:
+        return f"{text}; every number is the one on record"
+    return f"{text}; NOT the one on record (other CPUs and versions of PyTorch round otherwise)"
 
 
 # ----------------------------------------------------------------------------------------- reports
@@ -430,26 +586,12 @@ AREA = "mean@4, area under the curve"
 PUSHED_UP = "wrong responses pushed up"
 
 
-def configuration_of(name):
-    """hard/copo-0 -> copo"""
-    return Path(name).name.rsplit("-", 1)[0]
-
-
-def select(record, mix, configuration=None):
-    """The cells on record of a mix, or of one configuration on it: {name: cell}.
-
-    The middle of the grid of γ and ρ is copo on the even mix, with the grid's seeds.
-    """
-    selected = {name: cell for name, cell in record.items() if name.startswith(f"{mix}/")}
-    if mix == "grid":
-        seeds = {cell["flags"]["seed"] for cell in selected.values()}
-        for seed in sorted(seeds):
-            if f"even/copo-{seed}" in record:
-                selected[f"even/copo-{seed}"] = record[f"even/copo-{seed}"]
-    if configuration:
-        for name in list(selected):
-            if configuration_of(name) != configuration:
-                del selected[name]
+def select(record, part, configuration=None):
+    """The cells on record of a part, or of one configuration in it: {name: cell}."""
+    selected = {}
+    for name, cell in record.items():
+        if name.startswith(f"{part}/") and configuration in (None, configuration_of(name)):
+            selected[name] = cell
     return selected
 
 
@@ -460,9 +602,8 @@ def compare_mix(record, mix, folder):
     """
     names = list(select(record, mix))
     argv = [str(folder / name) for name in names]
-    baseline = "copo" if mix == "grid" else "grpo"
     for name in names:
-        if configuration_of(name) == baseline:
+        if configuration_of(name) == "grpo":
             argv += ["--baseline", str(folder / name)]
             break
     if mix in MIXES and find_spec("matplotlib"):
@@ -479,11 +620,11 @@ def compare_mix(record, mix, folder):
 
 
 def compare_mixes(record, folder):
-    """{mix: what compare_mix() gives}, for every mix on record."""
+    """{part: what compare_mix() gives}, for every part on record but the search."""
     ATTACHMENTS.mkdir(parents=True, exist_ok=True)
     unpack(record, folder)
-    mixes = dict.fromkeys(name.split("/")[0] for name in record)
-    return {mix: compare_mix(record, mix, folder) for mix in mixes}
+    parts = [part for part in (*MIXES, "long", "smollm2") if select(record, part)]
+    return {part: compare_mix(record, part, folder) for part in parts}
 
 
 def gradient_shares(cell):
@@ -502,12 +643,6 @@ def mean_gradient_shares(cells):
     return [fmean(shares) for shares in zip(*map(gradient_shares, cells))]
 
 
-def accuracy(cell, i):
-    """Held-out mean@k of a cell's i-th evaluation."""
-    line = cell["held_out"][i]
-    return fmean(line["correct"]) / line["k"]
-
-
 # ------------------------------------------------------------------------------ tables and picture
 
 
@@ -524,7 +659,7 @@ def mixes_table(record, mixes):
         all_wrong = fmean(cell["metrics"]["all_wrong"][0] for cell in cells)
         mixed = fmean(cell["metrics"]["mixed"][0] for cell in cells)
         all_right = abs(1 - all_wrong - mixed)  # abs: no "-0.0%"
-        before = fmean(accuracy(cell, 0) for cell in cells)
+        before = fmean(accuracies(cell)[0] for cell in cells)
         shares = [f"{share:.1%}" for share in (all_wrong, mixed, all_right, before)]
         rows.append([mix, *shares])
     title = "Mixes: groups at step 1, held-out mean@4 before it"
@@ -532,9 +667,8 @@ def mixes_table(record, mixes):
 
 
 def results_table(record, mix, report):
-    baseline = "copo" if mix == "grid" else "grpo"
     rows = []
-    for name in [*CONFIGURATIONS, *GRID]:
+    for name in CONFIGURATIONS:
         cells = select(record, mix, name).values()
         if not cells:
             continue
@@ -547,8 +681,8 @@ def results_table(record, mix, report):
         row += [f"{with_gradient:.1%}", f"{report[PUSHED_UP, name]['mean']:.1%}"]
         rows.append(row)
     steps = next(iter(select(record, mix).values()))["flags"]["steps"]
-    header = ["configuration", "seeds", "mean@4, last step", f"minus {baseline}"]
-    header += ["area under the curve", f"minus {baseline}"]
+    header = ["configuration", "seeds", "mean@4, last step", "minus grpo"]
+    header += ["area under the curve", "minus grpo"]
     header += ["groups with a gradient", "wrong pushed up"]
     return markdown_table(f"{mix}, {steps} steps", header, rows)
 
@@ -570,15 +704,17 @@ def gradient_table(record, mixes):
     return markdown_table(title, ["mix", "step", "grpo", "copo", "ratio"], rows)
 
 
-def real_model_table(cells):
-    steps = [line["step"] for line in next(iter(cells.values()))["held_out"]]
+def rate_table(record):
+    """Area under the curve, mean of the search's seeds, for each rate that was tried."""
     rows = []
-    for name, cell in cells.items():
-        accuracies = [f"{accuracy(cell, i):.1%}" for i in range(len(steps))]
-        with_gradient = f"{fmean(gradient_shares(cell)):.1%}"
-        rows.append([name.removeprefix("smollm2/"), *accuracies, with_gradient])
-    header = ["run", *(f"after step {step}" for step in steps), "groups with a gradient"]
-    return markdown_table("SmolLM2-135M, held-out mean@4 of each run", header, rows)
+    for rule in LEARNING_RATES:
+        row = [rule]
+        for rate in RATES:
+            found = mean_area(record, "rate", f"{rule}@{rate}", (5, 6))
+            row.append("" if found is None else f"{found:.1%}")
+        rows.append([*row, best_rate(record, rule) or ""])
+    title = "Search for the learning rate: area under the curve on the even mix, seeds 5 and 6"
+    return markdown_table(title, ["rule", *RATES, "best"], rows)
 
 
 def make_tables(record, reports):
@@ -587,14 +723,10 @@ def make_tables(record, reports):
     for mix in MIXES:
         if select(record, mix, "grpo") and select(record, mix, "copo"):
             mixes.append(mix)
-    tables = [mixes_table(record, mixes)]
-    for mix in [*mixes, "single", "grid"]:
-        if mix in reports:
-            tables.append(results_table(record, mix, reports[mix]))
+    tables = [rate_table(record), mixes_table(record, mixes)]
+    for part in reports:
+        tables.append(results_table(record, part, reports[part]))
     tables.append(gradient_table(record, mixes))
-    real = select(record, "smollm2")
-    if real:
-        tables.append(real_model_table(real))
     return "\n".join(tables)
 
 
@@ -667,7 +799,7 @@ def cells_to_run(chosen, record, args):
             wanted.append(cell)
     warm_starts = set()
     for cell in wanted:
-        if not can_start(cell, Path(args.runs)):
+        if not is_warm(cell, Path(args.runs)):
             warm_starts.add(f"warm-{cell.seed}")
     return [cell for cell in all_cells() if cell in wanted or cell.name in warm_starts]
 
@@ -686,6 +818,8 @@ def main(argv=None):
     add("--tables", action="store_true", help="print the tables; write pictures to docs/study")
     add("--unpack", metavar="DIR", help="write what is on record there, as runs")
     args = parser.parse_args(argv)
+    if args.model and Path(args.model).exists():
+        args.model = str(Path(args.model).resolve())  # cells run in directories of their own
     record = load_record()
     chosen = [cell for cell in all_cells() if fnmatch(cell.name, args.only)]
     if args.unpack:

@@ -37,6 +37,7 @@ for step in range(flags["steps"] + 1):
         file.write(json.dumps(line) + "\\n")
     line = {"step": step, "tokens": step * 1000, "seconds": 1.23456, "mixed": 0.25,
             "all_wrong": 0.75, "zero_gradient_groups": flags["idle"], "wrong_pushed_up": 0.05,
+            "right_pushed_down": 0.0, "token_entropy": 0.5, "length_mean": 9.0,
             "loss": 0.1, "prompts_trained": 40, "prompts_drawn": per_step // 6,
             "responses": step * per_step}
     if step:
@@ -65,6 +66,7 @@ def fakes(tmp_path, monkeypatch):
             "data": f"/x/data/{mix}_train.jsonl",
             "blend": configuration,
             "eval_data": f"/x/data/{mix}_test.jsonl",
+            "global_coef": 1.0,
             "idle": 0.75 if algo == "grpo" else 0,
         }
         per_step = 960 if algo == "dapo" else 240
@@ -81,6 +83,7 @@ def fakes(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RECORD", tmp_path / "record/record.json")
     monkeypatch.setattr(study, "ATTACHMENTS", tmp_path / "docs")
     monkeypatch.setattr(study, "command", command)
+    monkeypatch.setattr(study, "unsettled", lambda cell, record: "")
     return make
 
 
@@ -88,12 +91,17 @@ def test_every_cell_is_a_command_that_train_accepts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     every = study.all_cells()
     names = [cell.name for cell in every]
-    assert len(set(names)) == len(names) == 5 + 3 * 9 * 5 + 8 * 2 + 3 * 2 + 3 * 3
-    mixes = {name.split("/")[0] for name in names if "/" in name}
-    assert mixes == {*study.MIXES, "single", "grid", "smollm2"}
+    assert len(set(names)) == len(names) == 7 + 6 * 3 * 2 + 3 * 17 * 5 + 4 * 3 + 4 * 3
+    assert {cell.part for cell in every if "/" in cell.name} == {
+        *study.MIXES,
+        "rate",
+        "long",
+        "smollm2",
+    }
     for cell in every:
         args = train.parse_args(study.command(cell, "SmolLM2")[2:])
         assert args.seed == cell.seed and args.run_dir in (cell.name, "warm")
+        assert args.steps == cell.steps
         if "smollm2" not in cell.name and args.steps > 0:
             assert args.prompts_per_step * args.group_size == study.RESPONSES
     # Seed by seed, so that whatever is finished is balanced
@@ -153,7 +161,7 @@ def test_what_is_on_record_is_not_run_again_unless_asked(fakes, tmp_path, capsys
     fakes("easy/grpo-0", again=True)
     assert "every number is the one on record" in capsys.readouterr().out
     assert study.RECORD.read_text() == before
-    study.RECORD.write_text(before.replace('"mixed": [0.25', '"mixed": [0.5'))
+    study.RECORD.write_text(before.replace('"mixed":[0.25', '"mixed":[0.5'))
     fakes("easy/grpo-0", again=True)
     assert "NOT the one on record" in capsys.readouterr().out
 
@@ -167,6 +175,101 @@ def test_a_cell_that_fails_is_named_and_the_rest_goes_on(fakes, tmp_path, capsys
     assert re.search(r"hard/copo-4: \d+ s, FAILED", capsys.readouterr().out)
 
 
+def made_up_cell(*means):
+    """A cell on record with these held-out means of one problem, of a hundred samples."""
+    return {"held_out": [{"k": 100, "correct": [round(100 * mean)]} for mean in means]}
+
+
+def test_the_area_is_the_mean_accuracy_along_the_way():
+    # Trapezoids between four points: (0 + .2)/2, (.2 + .4)/2, (.4 + .2)/2, their mean
+    assert study.area(made_up_cell(0, 0.2, 0.4, 0.2)) == pytest.approx((0.1 + 0.3 + 0.3) / 3)
+
+
+def test_a_cell_waits_for_its_rules_learning_rate(tmp_path, monkeypatch, capsys):
+    cells = {cell.name: cell for cell in study.all_cells()}
+    record = {}
+    for rate, first, second in (("1e-4", 0.2, 0.3), ("2e-4", 0.5, 0.1), ("4e-4", 0.3, 0.1)):
+        for rule in ("grpo", "copo-forced"):
+            record[f"rate/{rule}@{rate}-5"] = made_up_cell(0, 2 * first)
+            record[f"rate/{rule}@{rate}-6"] = made_up_cell(0, 2 * second)
+    assert study.best_rate(record, "grpo") == "2e-4"
+    monkeypatch.setitem(study.LEARNING_RATES, "grpo", "2e-4")
+    monkeypatch.setitem(study.LEARNING_RATES, "copo-forced", "1e-4")
+    for name in ("hard/grpo-0", "easy/placebo-4", "hard/sign-0", "rate/copo@1e-4-5", "long/grpo-0"):
+        assert study.unsettled(cells[name], record) == ""
+    for name in ("hard/copo-forced-0", "even/copo-forced-0.3-1", "long/copo-forced-2"):
+        assert "copo-forced's best learning rate is 2e-4" in study.unsettled(cells[name], record)
+    assert study.unsettled(cells["smollm2/copo-forced-0"], {}) == ""
+    del record["rate/grpo@4e-4-6"]
+    for name in ("hard/grpo-0", "easy/placebo-4"):
+        assert "--only 'rate/grpo@*'" in study.unsettled(cells[name], record)
+
+    monkeypatch.setattr(study, "RECORD", tmp_path / "record.json")
+    (tmp_path / "runs/seed-0/warm/model").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stop:
+        study.main(["--only", "hard/grpo-0", "--runs", str(tmp_path / "runs")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "hard/grpo-0" in error
+
+
+def test_the_long_run_waits_for_the_best_other_rule(monkeypatch):
+    record = {}
+    for name in study.CONFIGURATIONS:
+        for seed in range(3):
+            top = 0.9 if name in study.NOT_OTHER else 0.3 + 0.01 * (name == "sign")
+            record[f"hard/{name}-{seed}"] = made_up_cell(0.1, top)
+    assert study.best_other(record) == "sign"
+    monkeypatch.setattr(study, "BEST_OTHER", "batch")
+    cell = study.long_cells(0)[-1]
+    assert cell.configuration == "batch" and "is sign" in study.unsettled(cell, record)
+    monkeypatch.setattr(study, "BEST_OTHER", "sign")
+    assert study.unsettled(study.long_cells(0)[-1], record) == ""
+    del record["hard/dapo-2"]
+    assert "hard/*-[012]" in study.unsettled(study.long_cells(0)[-1], record)
+
+
+def test_what_is_filled_in_by_hand_is_what_the_record_says():
+    record = study.load_record()
+    for rule, rate in study.LEARNING_RATES.items():
+        assert study.best_rate(record, rule) in (rate, None)
+    assert study.best_other(record) in (study.BEST_OTHER, None)
+
+
+def test_groups_of_equal_verdicts_by_hand(tmp_path):
+    lines = [
+        # All wrong, w 0: A is coef · A^g = -0.5
+        {"step": 1, "correct": [0, 0], "weight": [0, 0], "local_adv": [0, 0], "global_adv": -1},
+        {"step": 1, "correct": [0, 0], "weight": [1, 1], "local_adv": [0, 0], "global_adv": -1},
+        {"step": 1, "correct": [1, 0], "weight": [0, 0], "local_adv": [1, -1], "global_adv": 3},
+        # All right: ¾ · 2 + ½ · ¼ · 4 and ½ · 1 · 4
+        {"step": 2, "correct": [1, 1], "weight": [0.75, 0], "local_adv": [2, 9], "global_adv": 4},
+    ]
+    study.write_lines(tmp_path / "groups.jsonl", lines)
+    study.write_lines(tmp_path / "metrics.jsonl", [{"step": step} for step in (1, 2, 3)])
+    assert study.equal_groups(tmp_path, 0.5) == {
+        "all_wrong_share": [0.5, None, None],
+        "all_wrong_adv": [-0.25, None, None],
+        "all_right_share": [None, 1, None],
+        "all_right_adv": [None, 2, None],
+    }
+
+
+def test_two_commands_keep_each_others_records(fakes, tmp_path, monkeypatch):
+    """What another command has put on record while a cell ran stays there."""
+    fakes("easy/grpo-0")
+    cell = study.load_record()["easy/grpo-0"]
+    original = study.start
+
+    def start(cell_started, runs, model):
+        with study.record_lock():
+            study.save_record(study.load_record() | {"easy/other-0": cell})
+        return original(cell_started, runs, model)
+
+    monkeypatch.setattr(study, "start", start)
+    fakes("easy/copo-0")
+    assert set(study.load_record()) == {"easy/grpo-0", "easy/other-0", "easy/copo-0"}
+
+
 def test_dapo_is_measured_in_the_responses_that_the_others_had(fakes):
     fakes("easy/dapo-0")
     cell = study.load_record()["easy/dapo-0"]
@@ -178,14 +281,15 @@ def test_dapo_is_measured_in_the_responses_that_the_others_had(fakes):
 
 
 def test_tables_tell_what_is_on_record(fakes, tmp_path, capsys):
-    fakes("hard/*-[01]", "grid/γ1ρ1-[01]")
+    fakes("hard/*-[01]", "rate/ngrpo@2e-4-[56]")
     capsys.readouterr()
     study.main(["--tables"])
     printed = capsys.readouterr().out
     assert "| hard | 75.0% | 25.0% | 0.0% |" in printed
+    assert "| ngrpo |  | 50.0% |  |  |" in printed
     assert "| hard | 1 | 25.0% | 100.0% | 4.00 |" in printed
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| copo |")]
-    assert rows[0][1] == "2" and rows[0][3].startswith("+0.0%")  # the same numbers as grpo's
+    assert rows[1][1] == "2" and rows[1][3].startswith("+0.0%")  # the same numbers as grpo's
     full = (tmp_path / "docs/hard.txt").read_text()
     assert "minus grpo" in full and "16 of" not in full
 
@@ -199,7 +303,7 @@ def test_the_tables_of_the_document_are_those_of_the_record(tmp_path, monkeypatc
     printed = study.make_tables(record, reports).splitlines()
     document = (study.ROOT / "docs/study.md").read_text()
     rows = [line for line in document.splitlines() if line.startswith("|")]
-    assert rows and set(rows) <= set(printed)
+    assert bool(rows) == bool(record) and set(rows) <= set(printed)
     for mix in reports:
         written = (tmp_path / f"docs/{mix}.txt").read_text()
         assert written == (documented / f"{mix}.txt").read_text()
