@@ -29,7 +29,10 @@ import torch
 
 
 def consistency_entropy(classes):
-    """Entropy of each group's answers in bits: classes (P,G), any labels -> H (P,), 0 .. log2 G."""
+    """Entropy of each group's answers in bits: classes (P,G), any labels -> H (P,), 0 .. log2 G.
+
+    Responses without an answer share the label -1 and so are one class, like any other.
+    """
     same = classes[:, :, None] == classes[:, None, :]  # (P,G,G)
     share = same.double().mean(dim=2)  # (P,G): p_ic of the class that response j belongs to
     # H_i = −Σ_c p_ic log2 p_ic = mean_j log2 1/p_i,c(j)         (paper; authors: compute_entropy)
@@ -75,11 +78,18 @@ def permute_rewards(rewards, correct, seed, step):
 # --------------------------------------------------------------- local advantages: within a group
 
 
+def sample_variance(values):
+    """Variance of each row, 0 for a row of one element: (N,K) -> (N,)."""
+    centred = values - values.mean(dim=1, keepdim=True)
+    return centred.square().sum(dim=1) / max(values.shape[1] - 1, 1)
+
+
 def standardise(values, scale):
     """Each row minus its mean and, if scale, over its sample standard deviation: (N,K) -> (N,K).
 
-    A row is exactly 0 if its values are all equal or if it has one element. Otherwise the division
-    by 1e-6 would blow up the rounding of the mean; the authors' code gives NaN for one element.
+    The result is float64. A row is exactly 0 if its values are all equal, to 1e-9, or if it has one
+    element. Otherwise the division by 1e-6 would blow up the rounding of the mean; the authors'
+    code gives NaN for one element.
     """
     values = values.double()
     if values.numel() == 0:
@@ -87,9 +97,8 @@ def standardise(values, scale):
     centred = values - values.mean(dim=1, keepdim=True)
     spread = values.amax(dim=1, keepdim=True) - values.amin(dim=1, keepdim=True)
     if scale:
-        sum_of_squares = centred.square().sum(dim=1, keepdim=True)
-        std = (sum_of_squares / max(values.shape[1] - 1, 1)).sqrt()
-        centred = centred / (std + 1e-6)
+        std = sample_variance(values).sqrt()
+        centred = centred / (std[:, None] + 1e-6)
     return torch.where(spread <= 1e-9, 0.0, centred)
 
 
@@ -133,12 +142,6 @@ def ebpo_advantage(rewards, correct, scale):
     #                                    (EBPO, arXiv 2602.05165; s², τ² there: running statistics)
     baseline = (1 - shrinkage) * group_means + shrinkage * rewards.mean()
     return batch_advantage(rewards - baseline[:, None], correct, scale)
-
-
-def sample_variance(values):
-    """Variance of each row, 0 for a row of one element: (N,K) -> (N,)."""
-    centred = values - values.mean(dim=1, keepdim=True)
-    return centred.square().sum(dim=1) / max(values.shape[1] - 1, 1)
 
 
 # Each function takes rewards (P,G), correct (P,G) and scale, and returns A^l (P,G). To add one,
@@ -191,7 +194,8 @@ def global_advantages(global_rewards, scale=True):
 # -------------------------------------------------------------- the weight between the two losses
 
 
-# Gates, of the verdicts (P,G): 1 where the local loss may count, 0 where only the global one does.
+# Gates, verdicts (P,G) bool -> (P,G) bool: true where the local loss may count, false where only
+# the global one does.
 
 
 def every_response(correct):
@@ -249,13 +253,14 @@ BLENDS = {
 def local_weight(entropy, correct, local_adv, blend, gamma, rho):
     """Weight of the local loss, (P,G); the global loss gets 1 − w.
 
-    entropy (P,), correct (P,G) bool; local_adv (P,G) gives only the dtype and the device.
+    entropy (P,), correct (P,G) bool; blend is a name of the table BLENDS; local_adv (P,G) gives
+    only the dtype and the device.
     """
     rule = choose(BLENDS, blend, "blend")
-    # w_ij = gate_ij
+    # without entropy: w_ij = gate_ij
     weight = rule.gate(correct).to(local_adv)
     if rule.uses_entropy:
-        # w_ij = gate_ij · σ(γ (H_i − ρ)): the local loss counts where a group's answers disagree
+        # with entropy: w_ij = gate_ij · σ(γ (H_i − ρ)): it counts where a group's answers disagree
         #                                                (paper, soft blending; authors: only-soft)
         trust = torch.sigmoid(gamma * (entropy.to(local_adv) - rho))
         weight = weight * trust[:, None]
@@ -298,7 +303,7 @@ RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}
 def clipped_loss(logprobs, old_logprobs, advantages, clip_low, clip_high, dual_clip):
     """PPO's clipped loss of each token: (B,T), (B,T), advantages (B,) or (B,T) -> (B,T).
 
-    dual_clip 0: off.
+    clip_low and clip_high are ε below and above 1; dual_clip is c, 0 for none.
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]
@@ -316,7 +321,10 @@ def clipped_loss(logprobs, old_logprobs, advantages, clip_low, clip_high, dual_c
 
 
 def k3(distance):
-    """Unbiased estimate of KL(π‖ref), never negative: d = ref − logp (B,T) -> (B,T)."""
+    """Unbiased estimate of KL(π‖ref), never negative: d = ref − logp (B,T) -> (B,T).
+
+    Exact for small d too, in float32.
+    """
     # k3 = e^d − 1 − d                                                               (GRPO, eq. 4)
     return torch.expm1(distance) - distance  # expm1 is exact for small d, where e^d − 1 is not
 
@@ -343,8 +351,11 @@ def aggregate(token_loss, mask, mode, max_tokens=None, num_tokens=None, num_sequ
 
     This micro-batch's numerator over the whole update's denominator: num_tokens and num_sequences
     count the update on all ranks, so that shares of micro-batches and ranks are summed, never
-    averaged. Counts left out are those of this tensor. A row without a token (an empty micro-batch)
-    is no sequence. max_tokens is the response limit of the run.
+    averaged. Counts left out are those of this tensor. max_tokens is the response limit of the run.
+
+    mask is bool or 0/1; what stands outside it, NaN included, counts for nothing. A row without a
+    token is no sequence; a micro-batch without one gives 0, and so does such an update. ValueError
+    if mode is none of AGGREGATIONS.
     """
     mask = mask.bool()
     token_loss = torch.where(mask, token_loss, 0.0)  # not a product: NaN · 0 is NaN
