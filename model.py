@@ -356,8 +356,8 @@ class Transformer(nn.Module):
         self.config = config
         self.source = source  # directory of the weights, whose other files save_pretrained copies
         self.source_dtype = source_dtype
-        # Usable token ids. Lower it to len(tokenizer) where the embedding is padded.
-        self.num_tokens = config.vocab_size
+        # How many ids a tokenizer makes: lower it to len(tokenizer) where the embedding is padded.
+        self.usable_vocab = config.vocab_size
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -382,14 +382,14 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def head_weight(self):
-        """(num_tokens,D): the output matrix without the rows of ids that no tokenizer makes."""
+        """(usable_vocab,D): the output matrix without the rows of ids that no tokenizer makes."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        if self.num_tokens == len(head.weight):
+        if self.usable_vocab == len(head.weight):
             return head.weight  # the gradient of a slice would be a copy of the whole matrix
-        return head.weight[: self.num_tokens]
+        return head.weight[: self.usable_vocab]
 
     def logits(self, hidden):
-        """hidden (...,D) -> logits (...,num_tokens), in float32 at least, as softmax needs them."""
+        """hidden (...,D) -> logits (...,usable_vocab), float32 at least, as softmax needs them."""
         logits = F.linear(hidden, self.head_weight())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -531,10 +531,10 @@ def load_model(path_or_id, dtype_name, device, stop=(), seed=0):
     # The largest id counts, not the number of tokens: a vocabulary may have holes. Rows beyond it
     # mean nothing; tokens beyond the matrix do no harm as long as nothing uses them.
     largest = max(tokenizer.get_vocab().values())
-    model.num_tokens = min(largest + 1, model.config.vocab_size)
-    if not stop_ids or max(stop_ids) >= model.num_tokens:
+    model.usable_vocab = min(largest + 1, model.config.vocab_size)
+    if not stop_ids or max(stop_ids) >= model.usable_vocab:
         raise ValueError(
-            f"--model {path_or_id}: end tokens {stop_ids}, of {model.num_tokens} tokens: one can"
+            f"--model {path_or_id}: end tokens {stop_ids}, of {model.usable_vocab} tokens: one can"
             " never be sampled, or there is none and --stop should name it"
         )
     return model, tokenizer, stop_ids

@@ -1251,7 +1251,7 @@ def load_copy(run, path, sharded=False):
     device = "meta" if sharded else args.device
     copy = Transformer.from_pretrained(path, DTYPES[args.dtype], device, args.seed)
     copy.requires_grad_(False)
-    copy.num_tokens = run.model.num_tokens
+    copy.usable_vocab = run.model.usable_vocab
     if sharded:
         shard(copy, args)
     return copy

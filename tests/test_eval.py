@@ -383,7 +383,7 @@ def test_greedy_is_one_response_that_no_seed_changes(capsys, checkpoint, data, t
 
 def test_ids_beyond_the_tokenizer_are_masked(loaded):
     model, tokenizer, _ = loaded
-    assert model.num_tokens == len(tokenizer) == model.config.vocab_size - 6
+    assert model.usable_vocab == len(tokenizer) == model.config.vocab_size - 6
 
 
 def refused(capsys, arguments):

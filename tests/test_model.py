@@ -543,12 +543,12 @@ def responses(config, rows=4, longest=9, seed=0):
     return ids, prompts, lengths
 
 
-@pytest.mark.parametrize("temperature,num_tokens", [(1.0, None), (0.7, None), (1.3, 40)])
-def test_response_logprobs_against_a_full_log_softmax(tmp_path, temperature, num_tokens):
+@pytest.mark.parametrize("temperature,usable_vocab", [(1.0, None), (0.7, None), (1.3, 40)])
+def test_response_logprobs_against_a_full_log_softmax(tmp_path, temperature, usable_vocab):
     config = random_config("qwen2", True, 6)
     reference = oracle(config)
     model = Transformer.from_pretrained(write(tmp_path / "a", config, reference))
-    model.num_tokens = num_tokens or model.num_tokens
+    model.usable_vocab = usable_vocab or model.usable_vocab
     ids, prompts, lengths = responses(config)
     logprobs, entropy = model.response_logprobs(ids, prompts, lengths, temperature)
     assert (
@@ -558,7 +558,7 @@ def test_response_logprobs_against_a_full_log_softmax(tmp_path, temperature, num
     for row, (p, n) in enumerate(zip(prompts.tolist(), lengths.tolist())):
         # The oracle sees this row alone, unpadded, and in another library.
         logits = (
-            theirs_logits(reference, ids[row : row + 1, : p + n])[0, :, :num_tokens] / temperature
+            theirs_logits(reference, ids[row : row + 1, : p + n])[0, :, :usable_vocab] / temperature
         )
         log_p = logits.log_softmax(-1)[p - 1 : p + n - 1]
         expected = log_p.gather(-1, ids[row, p : p + n, None])[:, 0]
@@ -777,7 +777,7 @@ print(peak() - before)
 def test_unusable_ids_get_no_probability_and_no_gradient():
     config = random_config("qwen2", False, 2)
     model = Transformer.from_config(config)
-    model.num_tokens = 45
+    model.usable_vocab = 45
     assert model.logits(torch.zeros(2, 3, model.config.hidden_size)).shape == (2, 3, 45)
     logprobs, entropy = model.response_logprobs(
         random_ids(config, 2, 9) % 45, torch.tensor([4, 2]), torch.tensor([5, 3])

@@ -482,7 +482,7 @@ def test_an_end_token_behind_a_hole_can_be_sampled(tmp_path):
 
     change_tokenizer(directory, move)
     model, tokenizer, stop_ids = load_model(directory, "float32", "cpu")
-    assert (model.num_tokens, stop_ids, len(tokenizer)) == (372, [371], 351)
+    assert (model.usable_vocab, stop_ids, len(tokenizer)) == (372, [371], 351)
 
 
 def test_stop_ids_that_cannot_be_sampled_are_refused(tmp_path):
@@ -510,7 +510,7 @@ def test_a_token_beyond_the_embeddings_is_no_fault_until_it_is_used(tmp_path, ru
 
     change_tokenizer(directory, pad)
     model, tokenizer, _ = load_model(directory, "float32", "cpu")
-    assert len(tokenizer) == 352 and model.num_tokens == 351
+    assert len(tokenizer) == 352 and model.usable_vocab == 351
     data = tmp_path / "d.jsonl"
     problems_in(data, *({"problem": f"[PAD]{i}+2", "answer": str(i + 2)} for i in range(4)))
     argv = runs.argv(model=directory, data=data, run_dir=tmp_path / "run")

@@ -375,7 +375,7 @@ def test_limits_stops_and_flags():
 
 def test_only_usable_ids_are_sampled():
     model = tiny(spread=0.05)  # nearly uniform: every id would come
-    model.num_tokens = 20
+    model.usable_vocab = 20
     samples = generate(model, [[1, 2, 3]], 200, 5)
     assert set(samples.tokens.flatten().tolist()) == set(range(20))
     assert generate(model, [[1]], 1, 9, temperature=0).tokens.max() < 20
@@ -638,7 +638,7 @@ def test_load_model(tmp_path):
     )
     expected = Transformer.from_config(model.config.raw, seed=4).double()
     assert torch.equal(model.model.embed_tokens.weight, expected.model.embed_tokens.weight)
-    assert model.num_tokens == len(tokenizer) == 14 < 20 and stop_ids == [1, 2, 3]
+    assert model.usable_vocab == len(tokenizer) == 14 < 20 and stop_ids == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
