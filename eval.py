@@ -2,7 +2,7 @@
 
     python eval.py --model runs/demo/model --data data/arithmetic_test.jsonl --instruction "" \\
         --max-new-tokens 64
-    python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data problems.jsonl --greedy
+    python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data problems.jsonl --k 4
     python eval.py --run runs/mine                # a run's model, as the run itself evaluates
     torchrun --nproc-per-node 8 eval.py --model DIR --data problems.jsonl     # on eight GPUs
 
@@ -149,20 +149,19 @@ def make_parser():
     parser.error = partial(exit_with_error, "eval.py")
     whole = number_in(int, "[0, inf)")
     count = number_in(int, "[1, inf)")
-    positive = number_in(float, "(0, inf)")
+    not_negative = number_in(float, "[0, inf)")
     share = number_in(float, "(0, 1]")
     add = parser.add_argument
-    add("--run", metavar="DIR", help="evaluate this run of train.py as it evaluates itself")
+    add("--run", type=Path, metavar="DIR", help="evaluate a run of train.py as it evaluates itself")
     add("--checkpoint", metavar="NAME", help="of the run: step-000020, or an export, model-000020")
     add("--model", help="directory or Hub id of a model")
     add("--data", help="problems: JSONL, parquet or hf://datasets/OWNER/NAME/FILE")
     add("--problem-field", help="field of the problem, a.b for b in a (default: known shapes)")
     add("--answer-field", help="field of the answer, likewise")
-    add("--k", type=count, help="samples per problem (default 8, with --greedy 1)")
-    add("--temperature", type=positive, help="of sampling (default 1; for 0 say --greedy)")
+    add("--k", type=count, default=8, help="samples of each problem")
+    add("--temperature", type=not_negative, default=1.0, help="0 = greedy, for which --k 1 will do")
     add("--top-p", type=share, default=1.0, help="nucleus sampling: probability kept (1 = all)")
     add("--top-k", type=whole, default=0, help="sample from this many likeliest tokens (0 = all)")
-    add("--greedy", action="store_true", help="take the likeliest token, so one response a problem")
     add("--max-prompt-tokens", type=count, help="drop longer prompts (default: none)")
     add("--max-new-tokens", type=count, default=512, help="longest response in tokens")
     add("--limit", type=whole, default=0, help="only the first so many problems (0 = all)")
@@ -179,11 +178,20 @@ def make_parser():
     )
     add("--instruction", default=INSTRUCTION, help="what follows a problem (default: %(default)s)")
     add("--reward", metavar="FILE.py:FUNCTION", help="grade with this function, not reward.grade")
-    dtypes = ("float32", "bfloat16", "float64")
-    add("--dtype", choices=dtypes, help="default: float32 on cpu, bfloat16 on cuda")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float64"),
+        help="default: float32 on cpu, bfloat16 on cuda",
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=device, help="default: cuda if there is one")
     add("--rollout-batch", type=whole, default=256, help="most responses in flight (0 = all)")
-    add("--out", metavar="FILE", help="write one JSON line per response, all of them or none")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write a JSON line per response, all of them or none",
+    )
     parser.set_defaults(weights=None)  # a checkpoint of --run, which has only weights
     return parser
 
@@ -192,36 +200,26 @@ def parse_flags(argv):
     """The command line's flags on top of those of --run's run; ValueError if any is wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    distribution = (args.temperature, args.top_p, args.top_k)
-    if args.greedy and (args.k not in (None, 1) or distribution != (None, 1, 0)):
-        raise ValueError(
-            "--greedy has one response and no distribution: leave out --k, --temperature, --top-p "
-            "and --top-k"
-        )
     if args.run:
-        parser.set_defaults(**flags_of_run(Path(args.run), args))
+        parser.set_defaults(**flags_of_run(args))
         args = parser.parse_args(argv)
     if not (args.model and args.data):
         raise ValueError("--model and --data are needed, or --run, which knows its own")
-    if bool(args.problem_field) != bool(args.answer_field):
-        raise ValueError("--problem-field and --answer-field belong together")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device here")
-    if args.out and (Path(args.out).is_dir() or not os.access(Path(args.out).parent, os.W_OK)):
+    if args.out and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
         raise ValueError(
             f"--out {args.out} cannot be written: it needs a file name in an existing, writable "
             "directory"
         )
-    args.k = args.k or (1 if args.greedy else 8)
-    args.temperature = args.temperature or 1.0
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return args
 
 
 # ------------------------------------------------------------------------------- a run of train.py
 
-TINY_MODEL = Path(__file__).resolve().parent / "data/tiny"  # of a run without --model
+# The demonstration's model, of a run without --model; its weights are drawn from --seed
+TINY_MODEL = Path(__file__).resolve().parent / "data/tiny"
 # Flags that have one name in train.py and here
 RUN_FLAGS = (
     "problem_field answer_field max_prompt_tokens max_new_tokens system stop instruction reward "
@@ -229,21 +227,15 @@ RUN_FLAGS = (
 )
 
 
-def flags_of_run(run, typed):
-    """What evaluates a run as it evaluates itself: defaults of this program's flags.
-
-    typed: the command line's flags, for what excludes one of the run's.
-    """
-    flags = json.loads((run / "run.json").read_text())["flags"]
+def flags_of_run(args):
+    """What evaluates --run as it evaluates itself: defaults of this program's flags."""
+    flags = json.loads((args.run / "run.json").read_text())["flags"]
     values = {name: flags.get(name) for name in RUN_FLAGS.split()}
     values |= {"data": flags["eval_data"], "limit": flags["eval_problems"]}
-    if flags["eval_temperature"] == 0 and not (typed.k or typed.temperature):
-        values["greedy"] = True
-    elif not typed.greedy:
-        values |= {"k": flags["eval_samples"], "temperature": flags["eval_temperature"]}
-    if not typed.model:
-        values |= find_weights(run, typed.checkpoint, flags["model"])
-    return {name: value for name, value in values.items() if value is not None}
+    values |= {"k": flags["eval_samples"], "temperature": flags["eval_temperature"]}
+    if not args.model:
+        values |= find_weights(args.run, args.checkpoint, flags["model"])
+    return values
 
 
 def find_weights(run, name, base):
@@ -263,26 +255,37 @@ def find_weights(run, name, base):
 # -------------------------------------------------------------------------------------- evaluation
 
 
-def read_problems(args, model, tokenizer, path, limit, *options):
+def read_problems(args, model, tokenizer, path, limit=0, known_shapes=False):
     """The first `limit` problems of a file (0: all) that have at most --max-prompt-tokens, and
-    their prompts; says what was dropped. options: further ones of load_problems."""
+    their prompts; says what was dropped.
+
+    known_shapes: the file may have one of the known shapes although --problem-field names another.
+    """
+    if bool(args.problem_field) != bool(args.answer_field):
+        raise ValueError("--problem-field and --answer-field belong together")
+    shapes = SHAPES
+    if args.problem_field:
+        shapes = [(args.problem_field, args.answer_field, "solution")]
+        if known_shapes:
+            shapes.extend(SHAPES)
     dropped = Counter()
-    problems = []
-    prompts = []
-    loaded = load_problems(path, dropped, *options)
+    loaded = load_problems(path, dropped, shapes)
     template = (args.system, args.instruction, args.template_args)
+    usable = []
     for problem, prompt in zip(loaded, encode_prompts(tokenizer, loaded, *template)):
-        if len(prompt) > (args.max_prompt_tokens or math.inf):
+        if len(prompt) <= (args.max_prompt_tokens or math.inf):
+            usable.append((problem, prompt))
+        else:
             dropped[f"prompt over {args.max_prompt_tokens} tokens"] += 1
-        elif max(prompt) >= model.config.vocab_size:
-            raise ValueError(f"{path}: a prompt has tokens up to {max(prompt)}, beyond the model's")
-        elif limit == 0 or len(problems) < limit:
-            problems.append(problem)
-            prompts.append(prompt)
+    usable = usable[: limit or None]
     reasons = [f", {count} dropped ({reason})" for reason, count in sorted(dropped.items())]
-    print0(f"data    {path}: {len(problems)} problems{''.join(reasons)}")
-    if not problems:
+    print0(f"data    {path}: {len(usable)} problems{''.join(reasons)}")
+    if not usable:
         raise ValueError(f"{path} has no usable problem")
+    problems, prompts = map(list, zip(*usable))
+    largest = max(map(max, prompts))
+    if largest >= model.config.vocab_size:
+        raise ValueError(f"{path}: a prompt has tokens up to {largest}, beyond the model's")
     return problems, prompts
 
 
@@ -294,13 +297,9 @@ def evaluate(args):
     if args.weights:
         model.load_checkpoint(args.weights, alone=world_size() == 1)
     fix_date(tokenizer, str(args.date or datetime.now()))
-    shapes = SHAPES
-    if args.problem_field:
-        shapes = [(args.problem_field, args.answer_field, "solution")]
-        if args.run:  # whose held-out file may also have one of the known shapes
-            shapes.extend(SHAPES)
-    options = (args.limit, shapes)
-    problems, prompts = read_problems(args, model, tokenizer, args.data, *options)
+    problems, prompts = read_problems(
+        args, model, tokenizer, args.data, args.limit, known_shapes=args.run is not None
+    )
     print_settings(args)
     started = time.monotonic()
     hidden = rank() > 0 or None  # None: a bar on a terminal, nothing in a log file
@@ -317,7 +316,7 @@ def evaluate(args):
             args.k,
             args.max_new_tokens,
             seed=args.seed,
-            temperature=0.0 if args.greedy else args.temperature,
+            temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
             stop_ids=stop_ids,
@@ -333,15 +332,12 @@ def evaluate(args):
 
 
 def print_settings(args):
-    ranks = f", {world_size()} ranks" if world_size() > 1 else ""
-    sampling = "one greedy response each"
-    if not args.greedy:
-        shape = f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}"
-        sampling = f"{args.k} samples each at {shape}, seed {args.seed}"
-    print0(f"model   {args.model}, {args.dtype} on {args.device}{ranks}")
-    if args.weights:
-        print0(f"weights {args.weights}")
-    print0(f"sample  {sampling}, at most {args.max_new_tokens} tokens")
+    source = args.weights or args.model
+    print0(f"model   {source}, {args.dtype} on {args.device}, ranks: {world_size()}")
+    print0(
+        f"sample  {args.k} samples each at temperature {args.temperature:g}, top-p {args.top_p:g}, "
+        f"top-k {args.top_k}, seed {args.seed}, at most {args.max_new_tokens} tokens"
+    )
     if args.reward:
         print0(f"reward  {args.reward}")
 
@@ -352,29 +348,30 @@ def print_metrics(rollout, args):
     for name, values in metrics_per_problem(rollout.correct, rollout.classes).items():
         low, high = bootstrap_interval(values, seed=args.seed)
         print0(f"{name:<10}{values.mean():>8.1%}    {low:6.1%} .. {high:6.1%}")
-    if args.run and Path(args.run, "eval.jsonl").is_file():
-        lines = Path(args.run, "eval.jsonl").read_text().splitlines()
+    if args.run and (args.run / "eval.jsonl").is_file():
+        lines = (args.run / "eval.jsonl").read_text().splitlines()
         form = (
             "{k} samples: mean@{k} {mean:.1%}, maj@{k} {maj:.1%}, by the run itself at step {step}"
         )
         print0(form.format(**json.loads(lines[-1])))
-    note = "Intervals: bootstrap over problems. maj@k: missing answers do not vote, ties share"
-    print0(f"\n{note} the credit.")
+    print0(
+        "\nIntervals: bootstrap over problems. maj@k: silence has no vote, ties share the credit"
+    )
 
 
 def print_statistics(rollout, args, seconds):
     """Print what explains the metrics."""
     lengths = rollout.lengths.double()
-    finished = rollout.finished.double().mean().item()
-    no_answer = (rollout.classes == -1).double().mean().item()
+    finished = rollout.finished.double().mean()
+    no_answer = (rollout.classes == -1).double().mean()
     failures = Counter(kind for group in rollout.failed for kind in group if kind)
     kinds = [f", {count} for {kind}" for kind, count in sorted(failures.items())]
     failed = f"grading failed {failures.total()}{''.join(kinds)}"
     print0(f"finished {finished:.1%}, no answer {no_answer:.1%}, {failed}")
-    speed = lengths.sum().item() / seconds
-    print0(f"{lengths.mean().item():.1f} tokens a response, {seconds:.1f} s, {speed:,.0f} tokens/s")
+    speed = lengths.sum() / seconds
+    print0(f"{lengths.mean():.1f} tokens a response, {seconds:.1f} s, {speed:,.0f} tokens/s")
     if args.reward:
-        print0(f"mean reward {rollout.rewards.mean().item():.4f}")
+        print0(f"mean reward {rollout.rewards.mean():.4f}")
     if finished < 0.5:
         print0("Warning: most responses were cut off; a larger --max-new-tokens may change this.")
 
@@ -406,7 +403,7 @@ def write_responses(path, rollout, tokenizer):
                         "response": response,
                     }
                     file.write(json.dumps(line) + "\n")
-        os.replace(partial_path, path)
+        partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
 

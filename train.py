@@ -53,9 +53,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out under PYTHONSAFEPATH
 import copo
-from eval import json_object, maj_at_k, mean_at_k, number_in, read_problems
+from eval import TINY_MODEL, json_object, maj_at_k, mean_at_k, number_in, read_problems
 from model import CHUNK_LOGITS, Config, Packing, Transformer, model_directory, read_weights
-from reward import SHAPES, Verifier, fingerprint, same_text
+from reward import Verifier, fingerprint, same_text
 from sampler import (
     INSTRUCTION,
     Interrupted,
@@ -1327,8 +1327,6 @@ def load_reference(run):
 
 # ------------------------------------------------------------------------------- Start of the run
 
-TINY_MODEL = HERE / "data/tiny"  # the demonstration's; its weights are drawn from --seed
-
 
 def require(condition, message):
     """Stop with a one-line message and exit code 2. Only called before any file is written."""
@@ -1392,17 +1390,13 @@ def make_verifier(args):
 
 def read_data(args, model, tokenizer):
     """Problems and their prompts, held-out problems and their prompts."""
-    shapes = []
-    if args.problem_field:
-        shapes = [(args.problem_field, args.answer_field, "solution")]
-    options = (0, shapes or SHAPES)
-    problems, prompts = read_problems(args, model, tokenizer, args.data, *options)
+    problems, prompts = read_problems(args, model, tokenizer, args.data)
     require_enough_problems(args, problems)
     if not args.eval_data:
         return problems, prompts, [], []
-    # The held-out file may also have one of the known shapes.
-    options = (args.eval_problems, [*shapes, *SHAPES])
-    held_out, held_out_prompts = read_problems(args, model, tokenizer, args.eval_data, *options)
+    held_out, held_out_prompts = read_problems(
+        args, model, tokenizer, args.eval_data, args.eval_problems, known_shapes=True
+    )
     seen = {same_text(problem.problem) for problem in problems}
     overlap = [problem for problem in held_out if same_text(problem.problem) in seen]
     if overlap:
@@ -2093,10 +2087,6 @@ def check_flags(args):
         (
             args.data or args.plan,
             "--model needs --data, a file of problems",
-        ),
-        (
-            bool(args.problem_field) == bool(args.answer_field),
-            "--problem-field and --answer-field belong together",
         ),
         (
             args.prompts_per_step % args.minibatch_prompts == 0,

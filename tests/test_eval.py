@@ -372,13 +372,15 @@ def test_flags_reach_the_sampler(capsys, checkpoint, data, monkeypatch):
     assert "float64 on cpu" in text
 
 
-def test_greedy_is_one_response_that_no_seed_changes(capsys, checkpoint, data, tmp_path):
-    text = run(capsys, checkpoint, data, "--greedy", "--out", tmp_path / "a")
-    run(capsys, checkpoint, data, "--greedy", "--out", tmp_path / "b", "--seed", 9)
+def test_greedy_is_a_response_that_no_seed_changes(capsys, checkpoint, data, tmp_path):
+    greedy = ["--temperature", 0, "--k", 1, "--out"]
+    text = run(capsys, checkpoint, data, *greedy, tmp_path / "a")
+    run(capsys, checkpoint, data, *greedy, tmp_path / "b", "--seed", 9)
     run(capsys, checkpoint, data, "--k", 1, "--top-k", 1, "--out", tmp_path / "c")
     assert read(tmp_path / "a") == read(tmp_path / "b") == read(tmp_path / "c")
     assert len(read(tmp_path / "a")) == 5
-    assert "mean@1" in text and "maj@1" not in text and "one greedy response each" in text
+    assert "mean@1" in text and "maj@1" not in text
+    assert "1 samples each at temperature 0," in text
 
 
 def test_ids_beyond_the_tokenizer_are_masked(loaded):
@@ -404,7 +406,7 @@ def refused(capsys, arguments):
     [
         (["--k", 0], "--k: 0 is not in [1"),
         (["--k", "many"], "--k: invalid int value"),
-        (["--temperature", 0], "--temperature: 0 is not in (0"),
+        (["--temperature", -1], "--temperature: -1 is not in [0"),
         (["--temperature", "nan"], "--temperature: nan"),
         (["--temperature", "inf"], "--temperature: inf"),
         (["--top-p", 0], "--top-p: 0 is not in (0, 1]"),
@@ -415,8 +417,6 @@ def refused(capsys, arguments):
         (["--seed", -1], "--seed: -1"),
         (["--rollout-batch", -1], "--rollout-batch: -1"),
         (["--answer-field", "gold"], "belong together"),
-        (["--greedy", "--k", 4], "--greedy has one response"),
-        (["--greedy", "--top-p", 0.5], "--greedy has one response"),
         (["--reward", "nowhere.py:grade"], "nowhere.py"),
         (["--compare", "runs/*"], "python study/compare.py"),
         (["--device", "tpu"], "--device: invalid choice"),
@@ -637,8 +637,8 @@ def test_flags_of_a_run_can_be_overridden(capsys, tmp_path, runs, trained, data)
     assert f"{runs.base['model']}, float32" in text and "problems.jsonl: 5 problems" in text
     assert "mean@2" in text and "mean@3" in text  # its own, with another k
     assert len(read(tmp_path / "out")) == 10
-    text = evaluate_run(capsys, tmp_path, trained, "--greedy")
-    assert "one greedy response each" in text and len(read(tmp_path / "out")) == 3
+    text = evaluate_run(capsys, tmp_path, trained, "--temperature", 0, "--k", 1)
+    assert "1 samples each at temperature 0," in text and len(read(tmp_path / "out")) == 3
 
 
 def test_a_run_that_evaluates_greedily(capsys, tmp_path, trained):
@@ -646,7 +646,9 @@ def test_a_run_that_evaluates_greedily(capsys, tmp_path, trained):
     info = json.loads((greedy / "run.json").read_text())
     info["flags"]["eval_temperature"] = 0.0
     (greedy / "run.json").write_text(json.dumps(info))
-    assert "one greedy response each" in evaluate_run(capsys, tmp_path, greedy)
+    assert "3 samples each at temperature 0," in evaluate_run(capsys, tmp_path, greedy)
+    responses = [line["response"] for line in read(tmp_path / "out")]
+    assert responses[0::3] == responses[1::3] == responses[2::3]
     text = evaluate_run(capsys, tmp_path, greedy, "--temperature", 1.0)
     assert "3 samples each at temperature 1," in text
 
