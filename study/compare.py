@@ -12,7 +12,9 @@ Shapes: N held-out problems, S seeds of a configuration.
 import argparse
 import glob
 import json
+import signal
 import sys
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import copo
 from eval import bootstrap_interval
 from sampler import exit_with_error
 
@@ -59,7 +62,14 @@ LATER_FLAGS = {
     "placebo": False,
     "float32_matmul_precision": "highest",
 }
-WHOLE_NUMBERS = ("tokens sampled", "seconds")  # all other statistics are shares
+# How statistics are written that are no shares
+FORMS = {
+    "tokens sampled": ",.0f",
+    "seconds": ",.0f",
+    "token entropy, last step": ".3f",
+    "response length, last step": ".1f",
+}
+STAR_SEEDS = 5  # of fewer, an interval over seeds is hardly more than the lowest and the highest
 
 
 # ----------------------------------------------------------------------------------- reading a run
@@ -171,8 +181,8 @@ def differing_flags(config, others):
 def group_runs(runs):
     """Group runs by configuration -> ({name: runs by seed}, {name: {flag: value}}).
 
-    A configuration is named after its preset and what tells it from others of that preset. The
-    flags are those in which the configurations differ.
+    A configuration is named after its preset and what tells it both from that preset and from
+    others of it. The flags are those in which the configurations differ.
     """
     configs = {}
     grouped = {}
@@ -189,10 +199,15 @@ def group_runs(runs):
     by_config = {}
     flags = {}
     for key, config in configs.items():
-        rivals = [other for other in configs.values() if other["algo"] == config["algo"]]
-        parts = [config["algo"]]
+        algo = config["algo"]
+        rivals = [other for other in configs.values() if other["algo"] == algo]
+        usual = dict(LATER_FLAGS)
+        if algo in copo.PRESETS:
+            usual |= asdict(copo.PRESETS[algo])
+        parts = [algo]
         for flag, value in differing_flags(config, rivals).items():
-            parts.append(f"{flag}={value}")
+            if flag not in usual or value != usual[flag]:
+                parts.append(f"{flag}={value}")
         name = " ".join(parts)
         by_config[name] = grouped[key]
         flags[name] = differing_flags(config, list(configs.values()))
@@ -217,13 +232,19 @@ def run_statistics(run, steps):
     if len(steps) > 1:
         # 1/(s_E − s_0) ∫ accuracy ds, by trapezoids: the mean accuracy along the way
         area = np.trapezoid(means, steps, axis=0) / (steps[-1] - steps[0])
+    solved = means > 0  # pass@k of k samples: one of them is correct
     statistics = {
         f"mean@{k}, last step": means[-1],
         f"mean@{k}, best step": means[best],
         f"maj@{k}, last step": votes[-1],
         f"maj@{k}, best step": votes[best],
         f"mean@{k}, area under the curve": area,
+        f"mean@{k}, gain": means[-1] - means[0],
+        f"pass@{k}, last step": solved[-1].astype(np.float64),
     }
+    if not solved[0].all():
+        # Of the problems without a correct sample at first, those that have one at last
+        statistics["recovery"] = solved[-1][~solved[0]].mean()
     metrics = [line for line in run.metrics if line["step"] <= steps[-1]]
     if metrics:
         statistics["tokens sampled"] = metrics[-1]["tokens"]
@@ -232,6 +253,8 @@ def run_statistics(run, steps):
         equal = [line.get("equal_groups_drawn", 1 - line["mixed"]) for line in metrics]
         no_gradient = [line["zero_gradient_groups"] for line in metrics]
         pushed_up = [line["wrong_pushed_up"] for line in metrics]
+        statistics["token entropy, last step"] = metrics[-1]["token_entropy"]
+        statistics["response length, last step"] = metrics[-1]["length_mean"]
         statistics["groups of equal verdicts"] = np.mean(equal)
         statistics["groups without gradient"] = np.mean(no_gradient)
         statistics["wrong responses pushed up"] = np.mean(pushed_up)
@@ -329,9 +352,7 @@ def make_report(runs, failed, baseline):
 
 def value_text(statistic, result, sign=""):
     """A mean with its interval, as text; sign "+" writes a plus before positive numbers."""
-    form = f"{{:{sign}.1%}}"
-    if statistic in WHOLE_NUMBERS:
-        form = f"{{:{sign},.0f}}"
+    form = f"{{:{sign}{FORMS.get(statistic, '.1%')}}}"
     text = form.format(result["mean"])
     if result["interval"]:
         low, high = result["interval"]
@@ -340,14 +361,14 @@ def value_text(statistic, result, sign=""):
 
 
 def difference_text(row):
-    """The difference to the baseline as text, starred where its interval excludes 0."""
+    """The difference to the baseline as text, starred where its interval excludes 0 (see below)."""
     difference = row["difference"]
     if difference is None:
         return ""
     text = value_text(row["statistic"], difference, sign="+")
     if difference["interval"]:
         low, high = difference["interval"]
-        if low * high > 0:
+        if low * high > 0 and len(difference["runs"]) >= STAR_SEEDS:
             text += " *"
     return text
 
@@ -368,7 +389,7 @@ def seed_text(run):
 
 
 def print_report(report):
-    """Print the configurations and their statistics, with what one must know to read them."""
+    """Print the configurations, their statistics, and what one must know to read them."""
     names_of_flags = next(iter(report["flags"].values()))
     rows = [["configuration", *names_of_flags, "seeds"]]
     for name, flags in report["flags"].items():
@@ -389,20 +410,36 @@ def print_report(report):
         rows.append(cells)
     print_table(rows)
 
+    print_notes(report)
+
+
+def print_notes(report):
+    """What the statistics, intervals and stars mean, and how many stars chance would give."""
     print(f"\n{report['problems']} held-out problems. Best step: each run's evaluation with")
-    print("the highest mean, chosen on these same problems, which flatters it. Tokens, seconds and")
-    print("groups: training up to the last evaluation; shares are means over steps.")
-    print("Intervals: bootstrap over seeds, then problems; the lower five over seeds.")
+    print(
+        "the highest mean, chosen on these same problems, which flatters it. Gain: last evaluation"
+    )
+    print("minus first. Recovery: of the problems without a correct sample at the first, the share")
+    print(
+        "that has one at the last. Rows from tokens on are of training, up to the last evaluation;"
+    )
+    print("entropy in nats, length in tokens; shares of groups and responses are means over steps.")
+    print("Intervals: bootstrap over seeds, then problems; from recovery on over seeds alone.")
     lone = [name for name, runs in report["runs"].items() if len(runs) == 1]
     if lone:
         print(
             "One seed, so over problems only, which says nothing of other seeds:", "; ".join(lone)
         )
-    count = sum(row["difference"] is not None for row in report["statistics"])
-    if count:
-        print("Differences: seed by seed, problem by problem, up to the last step that both")
-        print("evaluated. * its interval excludes 0; of", end=" ")
-        print(f"{count} differences that were all 0, {count / 20:.1f} would by chance.")
+    differences = [row["difference"] for row in report["statistics"] if row["difference"]]
+    if not differences:
+        return
+    print("Differences: seed by seed, problem by problem, up to the last step that both evaluated.")
+    count = len([one for one in differences if len(one["runs"]) >= STAR_SEEDS])
+    if count == 0:
+        print(f"No stars: they take {STAR_SEEDS} seeds.")
+        return
+    print(f"* its interval excludes 0, over {STAR_SEEDS} seeds or more; of", end=" ")
+    print(f"{count} such differences that were all 0, {count / 20:.1f} would by chance.")
 
 
 def plot_curves(by_config, path):
@@ -454,4 +491,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

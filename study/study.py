@@ -40,7 +40,7 @@ from fnmatch import fnmatch
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -485,7 +485,8 @@ def run_cells(waiting, args):
     jobs = []
     failed = []
     record = load_record()
-    # As Ctrl-C does, SIGTERM ends the runs too.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # here it must end the runs too
+    # As Ctrl-C does, SIGTERM ends them too.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         while True:
@@ -583,7 +584,18 @@ def finish(job, again):
 
 LAST = "mean@4, last step"
 AREA = "mean@4, area under the curve"
-PUSHED_UP = "wrong responses pushed up"
+GAIN = "mean@4, gain"
+BESIDE = {  # statistics that stand beside accuracy, with their columns' names
+    "pass@4, last step": "pass@4",
+    "maj@4, last step": "maj@4",
+    "recovery": "recovery",
+    "token entropy, last step": "token entropy",
+    "response length, last step": "length",
+    "wrong responses pushed up": "wrong pushed up",
+}
+LEVEL = 0.05  # of significance
+TEST_SEEDS = 5  # of the paired t test, which so has 4 degrees of freedom
+CURVES = ("grpo", "copo", "copo-group", "copo-forced", "ngrpo", "w-reinforce", "placebo")
 
 
 def select(record, part, configuration=None):
@@ -595,52 +607,90 @@ def select(record, part, configuration=None):
     return selected
 
 
-def compare_mix(record, mix, folder):
-    """Run compare.py on a mix, unpacked in `folder`, and write what it prints and draws.
+def compare_part(record, part, folder):
+    """Run compare.py on a part, unpacked in `folder`, and write what it prints.
 
-    -> {(statistic, configuration): its row of the report}
+    -> {configuration: {statistic: its row of the report}}
     """
-    names = list(select(record, mix))
-    argv = [str(folder / name) for name in names]
-    for name in names:
-        if configuration_of(name) == "grpo":
-            argv += ["--baseline", str(folder / name)]
-            break
-    if mix in MIXES and find_spec("matplotlib"):
-        argv += ["--plot", str(ATTACHMENTS / f"{mix}.png")]
+    argv = [str(folder / name) for name in select(record, part)]
+    grpo = next(iter(select(record, part, "grpo")), None)
+    if grpo:
+        argv += ["--baseline", str(folder / grpo)]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         compare.main([*argv, "--json", str(folder / "report.json")])
-    (ATTACHMENTS / f"{mix}.txt").write_text(printed.getvalue())
+    (ATTACHMENTS / f"{part}.txt").write_text(printed.getvalue())
     report = json.loads((folder / "report.json").read_text())
     rows = {}
     for row in report["statistics"]:
         first_run = report["runs"][row["configuration"]][0]["path"]
-        rows[row["statistic"], configuration_of(first_run)] = row
-    return rows
+        rows.setdefault(configuration_of(first_run), {})[row["statistic"]] = row
+    return {name: rows[name] for name in CONFIGURATIONS if name in rows}
 
 
-def compare_mixes(record, folder):
-    """{part: what compare_mix() gives}, for every part on record but the search."""
+def compare_parts(record, folder):
+    """{part: what compare_part() gives}, for every part on record but the search."""
     ATTACHMENTS.mkdir(parents=True, exist_ok=True)
     unpack(record, folder)
     parts = [part for part in (*MIXES, "long", "smollm2") if select(record, part)]
-    return {part: compare_mix(record, part, folder) for part in parts}
+    return {part: compare_part(record, part, folder) for part in parts}
 
 
-def gradient_shares(cell):
-    """Share of the sampled groups that gave a gradient, by step; groups dropped by dapo did not."""
+def gradient_share(cell):
+    """Share of the sampled groups that gave a gradient; groups dropped by dapo did not."""
     metrics = cell["metrics"]
     shares = []
     for trained, drawn, no_gradient in zip(
         metrics["prompts_trained"], metrics["prompts_drawn"], metrics["zero_gradient_groups"]
     ):
         shares.append(trained / drawn * (1 - no_gradient))
-    return shares
+    return fmean(shares)
 
 
-def mean_gradient_shares(cells):
-    """The same, averaged over cells."""
-    return [fmean(shares) for shares in zip(*map(gradient_shares, cells))]
+def mean_over_steps(cells, column):
+    """The mean of a column of metrics over cells and steps that have a value; None without one."""
+    values = []
+    for cell in cells:
+        values += [value for value in cell["metrics"][column] if value is not None]
+    return fmean(values) if values else None
+
+
+# --------------------------------------------------------------------------------------- the t test
+
+
+def student_cdf(t):
+    """The distribution function of Student's t with 4 degrees of freedom, in closed form."""
+    s = t / math.sqrt(4 + t * t)
+    return 1 / 2 + 3 / 4 * (s - s**3 / 3)
+
+
+def p_value(differences):
+    """Two-sided, of a paired t test on one difference a seed."""
+    assert len(differences) == TEST_SEEDS
+    error = stdev(differences) / math.sqrt(TEST_SEEDS)
+    if error == 0:
+        return 0.0 if any(differences) else 1.0
+    return 2 * (1 - student_cdf(abs(fmean(differences)) / error))
+
+
+def holm(p_values):
+    """Corrected for their number, by Holm's steps: {key: p} -> {key: corrected p}, least first."""
+    corrected = {}
+    largest = 0.0
+    for i, key in enumerate(sorted(p_values, key=p_values.get)):
+        largest = max(largest, min(1.0, p_values[key] * (len(p_values) - i)))
+        corrected[key] = largest
+    return corrected
+
+
+def area_tests(reports):
+    """p of the area's difference to grpo, for each (mix, configuration) with all seeds."""
+    p_values = {}
+    for mix in MIXES:
+        for name, statistics in reports.get(mix, {}).items():
+            difference = statistics[AREA]["difference"]
+            if difference and len(difference["runs"]) == TEST_SEEDS:
+                p_values[mix, name] = p_value(difference["runs"])
+    return p_values
 
 
 # ------------------------------------------------------------------------------ tables and picture
@@ -652,132 +702,189 @@ def markdown_table(title, header, rows):
     return f"{title}\n\n" + "\n".join(lines) + "\n"
 
 
-def mixes_table(record, mixes):
-    rows = []
-    for mix in mixes:
-        cells = select(record, mix, "grpo").values()
-        all_wrong = fmean(cell["metrics"]["all_wrong"][0] for cell in cells)
-        mixed = fmean(cell["metrics"]["mixed"][0] for cell in cells)
-        all_right = abs(1 - all_wrong - mixed)  # abs: no "-0.0%"
-        before = fmean(accuracies(cell)[0] for cell in cells)
-        shares = [f"{share:.1%}" for share in (all_wrong, mixed, all_right, before)]
-        rows.append([mix, *shares])
-    title = "Mixes: groups at step 1, held-out mean@4 before it"
-    return markdown_table(title, ["mix", "all wrong", "mixed", "all right", "mean@4"], rows)
-
-
-def results_table(record, mix, report):
-    rows = []
-    for name in CONFIGURATIONS:
-        cells = select(record, mix, name).values()
-        if not cells:
-            continue
-        last = report[LAST, name]
-        area = report[AREA, name]
-        with_gradient = fmean(fmean(gradient_shares(cell)) for cell in cells)
-        row = [name, len(cells)]
-        row += [compare.value_text(LAST, last), compare.difference_text(last)]
-        row += [compare.value_text(AREA, area), compare.difference_text(area)]
-        row += [f"{with_gradient:.1%}", f"{report[PUSHED_UP, name]['mean']:.1%}"]
-        rows.append(row)
-    steps = next(iter(select(record, mix).values()))["flags"]["steps"]
-    header = ["configuration", "seeds", "mean@4, last step", "minus grpo"]
-    header += ["area under the curve", "minus grpo"]
-    header += ["groups with a gradient", "wrong pushed up"]
-    return markdown_table(f"{mix}, {steps} steps", header, rows)
-
-
-def gradient_table(record, mixes):
-    rows = []
-    for mix in mixes:
-        grpo = mean_gradient_shares(select(record, mix, "grpo").values())
-        copo = mean_gradient_shares(select(record, mix, "copo").values())
-        ratios = [two / max(one, 1e-9) for one, two in zip(grpo, copo)]
-        lowest = ratios.index(min(ratios))
-        shown = {0: "1"}
-        for i in range(EVAL_EVERY - 1, len(ratios), EVAL_EVERY):
-            shown[i] = str(i + 1)
-        labels = [*shown.items(), (lowest, f"{lowest + 1} (lowest)")]
-        for i, label in labels:
-            rows.append([mix, label, f"{grpo[i]:.1%}", f"{copo[i]:.1%}", f"{ratios[i]:.2f}"])
-    title = "Share of the groups that give a gradient"
-    return markdown_table(title, ["mix", "step", "grpo", "copo", "ratio"], rows)
+def percent(share):
+    return "" if share is None else f"{share:.1%}"
 
 
 def rate_table(record):
     """Area under the curve, mean of the search's seeds, for each rate that was tried."""
     rows = []
     for rule in LEARNING_RATES:
-        row = [rule]
-        for rate in RATES:
-            found = mean_area(record, "rate", f"{rule}@{rate}", (5, 6))
-            row.append("" if found is None else f"{found:.1%}")
-        rows.append([*row, best_rate(record, rule) or ""])
-    title = "Search for the learning rate: area under the curve on the even mix, seeds 5 and 6"
+        areas = [mean_area(record, "rate", f"{rule}@{rate}", (5, 6)) for rate in RATES]
+        rows.append([rule, *map(percent, areas), best_rate(record, rule) or ""])
+    title = "The search: area under the curve on the even mix, mean of seeds 5 and 6"
     return markdown_table(title, ["rule", *RATES, "best"], rows)
+
+
+def mixes_table(record, reports):
+    rows = []
+    for mix in MIXES:
+        cells = select(record, mix, "grpo").values()
+        if not cells:
+            continue
+        all_wrong = fmean(cell["metrics"]["all_wrong"][0] for cell in cells)
+        mixed = fmean(cell["metrics"]["mixed"][0] for cell in cells)
+        all_right = abs(1 - all_wrong - mixed)  # abs: no "-0.0%"
+        before = fmean(accuracies(cell)[0] for cell in cells)
+        row = [mix, *map(percent, (all_wrong, mixed, all_right, before))]
+        gain = reports[mix].get("placebo", {}).get(GAIN)
+        row.append(compare.value_text(GAIN, gain, sign="+") if gain else "")
+        rows.append(row)
+    header = ["mix", "all wrong", "mixed", "all right", "mean@4", "placebo's change of mean@4"]
+    title = (
+        "The mixes: grpo's groups at step 1, held-out mean@4 before it, and what the control does"
+    )
+    return markdown_table(title, header, rows)
+
+
+def accuracy_table(record, part, report, corrected):
+    """Accuracy of each configuration, with its differences to grpo and both marks."""
+    rows = []
+    for name, statistics in report.items():
+        cells = select(record, part, name).values()
+        rate = next(iter(cells))["flags"]["lr"]
+        row = [name, f"{rate:.0e}".replace("e-0", "e-"), len(cells)]
+        for statistic in (LAST, AREA):
+            row.append(compare.value_text(statistic, statistics[statistic]))
+            row.append(compare.difference_text(statistics[statistic]))
+        if corrected.get((part, name), 1) < LEVEL:
+            row[-1] += " †"
+        rows.append(row)
+    header = ["configuration", "rate", "seeds", "mean@4, last step", "minus grpo"]
+    header += ["area under the curve", "minus grpo"]
+    return markdown_table(f"{part}: accuracy", header, rows)
+
+
+def beside_table(record, part, report):
+    """What goes with the accuracies, as means over seeds."""
+    rows = []
+    for name, statistics in report.items():
+        row = [name]
+        for statistic in BESIDE:
+            text = ""
+            if statistic in statistics:
+                mean = {"mean": statistics[statistic]["mean"], "interval": None}
+                text = compare.value_text(statistic, mean)
+            row.append(text)
+        cells = select(record, part, name).values()
+        rows.append([*row, percent(fmean(map(gradient_share, cells)))])
+    header = ["configuration", *BESIDE.values(), "groups with a gradient"]
+    return markdown_table(f"{part}: what goes with it", header, rows)
+
+
+def equal_groups_table(record, reports):
+    """The share of all-wrong and all-right groups with a gradient, and their mean advantage."""
+    mixes = [mix for mix in MIXES if mix in reports]
+    rows = []
+    for name in CONFIGURATIONS:
+        row = [name]
+        for mix in mixes:
+            cells = select(record, mix, name).values()
+            for kind in ("all_wrong", "all_right"):
+                share = mean_over_steps(cells, f"{kind}_share")
+                advantage = mean_over_steps(cells, f"{kind}_adv")
+                row.append("" if share is None else f"{share:.0%}, {advantage:+.2f}")
+        if any(row[1:]):
+            rows.append(row)
+    header = ["configuration"]
+    for mix in mixes:
+        header += [f"{mix}: all wrong", f"{mix}: all right"]
+    title = "Groups of equal verdicts: the share with a gradient, their mean effective advantage"
+    return markdown_table(title, header, rows)
+
+
+def steps_table(record, part, report):
+    """Accuracy along the way, mean over seeds, and of each seed at the last step."""
+    rows = []
+    for name in report:
+        curves = [accuracies(cell) for cell in select(record, part, name).values()]
+        lasts = ", ".join(percent(curve[-1]) for curve in curves)
+        rows.append([name, *(percent(fmean(values)) for values in zip(*curves)), lasts])
+    cell = next(iter(select(record, part).values()))
+    steps = [f"step {line['step']}" for line in cell["held_out"]]
+    header = ["configuration", *steps, "each seed, last step"]
+    return markdown_table(f"{part}: mean@4 along the way", header, rows)
+
+
+def marks_table(reports, corrected):
+    """How many differences on the mixes are marked, and how many would be by chance."""
+    rows = []
+    for statistic in (LAST, AREA):
+        texts = []
+        for mix in MIXES:
+            for statistics in reports.get(mix, {}).values():
+                difference = statistics[statistic]["difference"]
+                if difference and len(difference["runs"]) >= compare.STAR_SEEDS:
+                    texts.append(compare.difference_text(statistics[statistic]))
+        starred = [text for text in texts if text.endswith("*")]
+        rows.append([f"* {statistic}", len(texts), len(starred), f"{len(texts) / 20:.1f}"])
+    daggers = [p for p in corrected.values() if p < LEVEL]
+    rows.append([f"† {AREA}", len(corrected), len(daggers), "0.05 at most"])
+    header = ["mark", "differences to grpo", "marked", "by chance, were all of them 0"]
+    return markdown_table("The marks, over rules and mixes", header, rows)
 
 
 def make_tables(record, reports):
     """The tables of docs/study.md, in Markdown."""
-    mixes = []
-    for mix in MIXES:
-        if select(record, mix, "grpo") and select(record, mix, "copo"):
-            mixes.append(mix)
-    tables = [rate_table(record), mixes_table(record, mixes)]
-    for part in reports:
-        tables.append(results_table(record, part, reports[part]))
-    tables.append(gradient_table(record, mixes))
+    corrected = holm(area_tests(reports))
+    tables = [rate_table(record), mixes_table(record, reports)]
+    for part, report in reports.items():
+        tables.append(accuracy_table(record, part, report, corrected))
+        if part not in MIXES:
+            tables.append(steps_table(record, part, report))
+        tables.append(beside_table(record, part, report))
+    tables += [equal_groups_table(record, reports), marks_table(reports, corrected)]
     return "\n".join(tables)
 
 
-def draw_picture(record, reports):
-    """Draw who gets a gradient, and what becomes of it -> docs/study/study.png."""
+def draw_curves(record, folder):
+    """Draw held-out curves of some rules, and of all long runs -> docs/study/PART.png."""
+    for part in (*MIXES, "long"):
+        names = list(CONFIGURATIONS) if part == "long" else CURVES
+        runs = {}
+        for name in names:
+            cells = select(record, part, name)
+            if cells:
+                runs[name] = [compare.load_run(str(folder / cell)) for cell in cells]
+        if runs:
+            compare.plot_curves(runs, ATTACHMENTS / f"{part}.png")
+
+
+def draw_difference(axes, place, name, difference, marked):
+    """A point with its interval, filled if marked; rules with a global term are blue."""
+    color = "0.35"
+    if "copo" in name or name == "global":
+        color = "C0"
+    axes.plot([100 * bound for bound in difference["interval"]], [place, place], color=color)
+    inside = color if marked else "white"
+    axes.plot(100 * difference["mean"], place, "o", color=color, markerfacecolor=inside)
+
+
+def draw_differences(reports):
+    """Draw each rule's area minus grpo's, with its interval, a panel a mix -> study.png."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="tight")
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
+    corrected = holm(area_tests(reports))
     mixes = [mix for mix in MIXES if mix in reports]
-    draw_gradients(left, record, mixes)
-    draw_differences(right, reports, mixes)
+    if not mixes:
+        return
+    names = [name for name in CONFIGURATIONS if name != "grpo"]
+    figure = Figure(figsize=(10, 5), layout="tight")
+    panels = figure.subplots(1, len(mixes), sharey=True, squeeze=False)[0]
+    for axes, mix in zip(panels, mixes):
+        for place, name in enumerate(names):
+            row = reports[mix].get(name, {}).get(AREA)
+            if row and row["difference"]:
+                marked = corrected.get((mix, name), 1) < LEVEL
+                draw_difference(axes, place, name, row["difference"], marked)
+        axes.axvline(0, color="0.6", lw=0.8, zorder=0)
+        axes.set(title=f"{mix} mix", xlabel="points")
+    panels[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    figure.suptitle(
+        "area under the held-out curve minus GRPO's, 95 % intervals\n"
+        "blue: with a global term; filled: significant after correction"
+    )
     figure.savefig(ATTACHMENTS / "study.png", dpi=110)
-
-
-def draw_gradients(axes, record, mixes):
-    """Bars: share of the groups with a gradient at step 1, for grpo and copo."""
-    for name, color, offset in (("grpo", "0.6", -0.2), ("copo", "C0", 0.2)):
-        heights = []
-        for mix in mixes:
-            heights.append(mean_gradient_shares(select(record, mix, name).values())[0])
-        places = [i + offset for i in range(len(mixes))]
-        axes.bar(places, heights, 0.38, color=color, label=name)
-    axes.set(xticks=range(len(mixes)), xticklabels=mixes, ylim=(0, 1.15))
-    axes.set(title="groups with a gradient, step 1")
-    axes.legend(frameon=False, loc="upper center", ncols=2)
-
-
-def draw_differences(axes, reports, mixes):
-    """Points and intervals: accuracy at the last step minus grpo's, by configuration and mix."""
-    names = []
-    for name in CONFIGURATIONS:
-        if name != "grpo" and any((LAST, name) in reports[mix] for mix in mixes):
-            names.append(name)
-    for i, mix in enumerate(mixes):
-        label = mix
-        for j, name in enumerate(names):
-            row = reports[mix].get((LAST, name))
-            if not row or not row["difference"]:
-                continue
-            mean = 100 * row["difference"]["mean"]
-            interval = [100 * bound for bound in row["difference"]["interval"]]
-            place = j + 0.22 * (1 - i)
-            axes.plot(interval, [place, place], color=f"C{i}")
-            axes.plot(mean, place, "o", color=f"C{i}", ms=4, label=label)
-            label = None  # once in the legend
-    axes.axvline(0, color="0.6", lw=0.8)
-    axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-    axes.set(title=f"held-out accuracy after {STEPS} steps, minus grpo")
-    axes.set(xlabel="points, 95 % interval over seeds, then problems")
-    axes.legend(frameon=False, title="mix")
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -828,13 +935,15 @@ def main(argv=None):
         list_cells(chosen, record, args.model)
     elif args.tables:
         with tempfile.TemporaryDirectory() as folder:
-            reports = compare_mixes(record, Path(folder))
+            reports = compare_parts(record, Path(folder))
+            if find_spec("matplotlib"):
+                draw_curves(record, Path(folder))
+                draw_differences(reports)
         print(make_tables(record, reports), end="")
-        if find_spec("matplotlib"):
-            draw_picture(record, reports)
     else:
         run_cells(cells_to_run(chosen, record, args), args)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

@@ -52,12 +52,15 @@ FLAGS_OF_A_RUN = {
 
 def fake_run(path, evaluations, metrics, **flags):
     """A run's files: evaluations {step: (per problem, per problem of the vote)}, metrics [(step,
-    tokens, ...)]."""
+    tokens, ...)]; token entropy and length follow from the step."""
     path.mkdir(parents=True)
     flags = FLAGS_OF_A_RUN | {"run_dir": str(path)} | flags
     (path / "run.json").write_text(json.dumps({"flags": flags}))
     names = ("step", "tokens", "seconds", "mixed", "zero_gradient_groups", "wrong_pushed_up")
-    lines = [dict(zip(names, row)) | {"loss": 0.1, "prompts_trained": 4} for row in metrics]
+    lines = []
+    for row in metrics:
+        line = dict(zip(names, row)) | {"loss": 0.1, "prompts_trained": 4}
+        lines.append(line | {"token_entropy": row[0] / 100, "length_mean": row[0] + 0.5})
     write_lines(path / "metrics.jsonl", lines)
     lines = []
     for step, (means, votes) in evaluations.items():
@@ -136,8 +139,14 @@ def test_three_runs_by_hand(capsys, three_runs):
         "maj@2, last step": (0.375, 0.75),
         "maj@2, best step": (0.625, 0.75),
         "mean@2, area under the curve": (0.5625, 0.3125),
+        "mean@2, gain": (0.25, 0.75),
+        "pass@2, last step": (0.75, 0.75),
+        # Seed 0: problems 1 and 2, both solved; seed 1: all, three of them solved
+        "recovery": (1, 0.75),
         "tokens sampled": (300, 500),
         "seconds": (5, 7),
+        "token entropy, last step": (0.2, 0.2),
+        "response length, last step": (20.5, 20.5),
         "groups of equal verdicts": (0.625, 0.5),
         "groups without gradient": (0.25, 0),
         "wrong responses pushed up": (0.2, 0.4),
@@ -147,13 +156,13 @@ def test_three_runs_by_hand(capsys, three_runs):
         assert statistics["copo", name]["runs"] == pytest.approx(runs)
         assert statistics["copo", name]["mean"] == pytest.approx(sum(runs) / 2)
     # grpo: its line of step 12 lies beyond its last evaluation and counts nowhere
-    by_hand = (0.5, 0.5, 0.25, 0.25, 0.375, 60, 1, 0.5, 0.5, 0)
+    by_hand = (0.5, 0.5, 0.25, 0.25, 0.375, 0.25, 1, 1, 60, 1, 0.01, 1.5, 0.5, 0.5, 0)
     grpo = [row for row in report["statistics"] if row["configuration"] == "grpo"]
     assert [row["mean"] for row in grpo] == pytest.approx(by_hand)
     assert all(row["difference"] is None for row in grpo)
     # Differences: of seed 0 alone, and up to step 10 alone, where both are. copo-0 there: mean ¾,
-    # maj ⅝, area ½, its first line of metrics.
-    by_hand = (0.25, 0.25, 0.375, 0.375, 0.125, 40, 1, 0, -0.5, 0.1)
+    # maj ⅝, area ½, gain ½, all four solved, its first line of metrics.
+    by_hand = (0.25, 0.25, 0.375, 0.375, 0.125, 0.25, 0, 0, 40, 1, 0, 0, 0, -0.5, 0.1)
     copo = [row for row in report["statistics"] if row["configuration"] == "copo"]
     assert [row["difference"]["mean"] for row in copo] == pytest.approx(by_hand)
     # Intervals. Two seeds, one number each: both bounds are drawn with chance ¼. One seed and
@@ -174,20 +183,27 @@ def test_three_runs_by_hand(capsys, three_runs):
     assert ["mean@2, last step", "copo", "62.5% [18.8%, 100.0%]", "+25.0% [+0.0%, +50.0%]"] in rows
     assert ["tokens sampled", "copo", "400 [300, 500]", "+40"] in rows
     assert ["groups without gradient", "copo", "12.5% [0.0%, 25.0%]", "-50.0%"] in rows
-    assert "chosen on these same problems" in text and "10 differences" in text
+    assert ["token entropy, last step", "copo", "0.200 [0.200, 0.200]", "+0.000"] in rows
+    assert ["response length, last step", "copo", "20.5 [20.5, 20.5]", "+0.0"] in rows
+    assert "chosen on these same problems" in text and "No stars: they take 5 seeds" in text
 
 
-def test_a_marked_difference_excludes_zero(capsys, tmp_path):
-    for seed in range(3):
+@pytest.mark.parametrize("seeds", [4, 5])
+def test_a_marked_difference_excludes_zero_over_five_seeds(capsys, tmp_path, seeds):
+    for seed in range(seeds):
         for algo, value in (("copo", 0.75), ("grpo", 0.5)):
             pair = ([value] * 4, [value, 0.5, 0.5, 0.5])
             fake_run(tmp_path / f"{algo}{seed}", {0: pair}, [], algo=algo, seed=seed, steps=0)
-    arguments = [tmp_path / "*o[0-2]", "--baseline", tmp_path / "grpo1"]
+    arguments = [tmp_path / "*o[0-4]", "--baseline", tmp_path / "grpo1"]
     text, _, statistics = compared(capsys, tmp_path, *arguments)
-    assert "+25.0% [+25.0%, +25.0%] *" in text
+    assert "+25.0% [+25.0%, +25.0%]" in text
+    assert ("+25.0% [+25.0%, +25.0%] *" in text) == (seeds == 5)
+    # Mean and maj at the last and the best step, area, last minus first, pass
+    assert ("of 7 such differences that were all 0, 0.3 would" in text) == (seeds == 5)
     # A problem may be drawn never.
     assert statistics["copo", "maj@2, last step"]["difference"]["interval"][0] == 0
     assert "tokens sampled" not in text and "unfinished" not in text
+    assert "| recovery" not in text  # every problem was solved at first
 
 
 def test_groups_that_dynamic_sampling_dropped_count_as_equal(capsys, tmp_path):
@@ -202,9 +218,10 @@ def test_configurations_are_named_by_what_sets_them_apart(capsys, three_runs):
     curve = {0: ([0] * 4, [0] * 4)}
     fake_run(three_runs / "soft", curve, [], blend="soft", gamma=20.0)
     text, report, _ = compared(capsys, three_runs, three_runs / "*")
-    names = ["copo blend=soft-zero gamma=5.0", "grpo", "copo blend=soft gamma=20.0"]
+    # What is the preset's own goes without saying.
+    names = ["copo", "grpo", "copo blend=soft gamma=20.0"]
     assert list(report["flags"]) == names
-    assert report["baseline"] is None and "minus" not in text and "Differences" not in text
+    assert report["baseline"] is None and "| minus" not in text and "Differences" not in text
     assert report["flags"]["grpo"] == {"algo": "grpo", "blend": "local", "gamma": 5.0}
     # A flag that the others lack
     fake_run(three_runs / "newer", curve, [], algo="dapo", blend="local", kl_coef=0.5)
@@ -297,7 +314,7 @@ def test_a_real_run_is_read(capsys, tmp_path, monkeypatch):
         train.main(runs.argv(algo=algo, run_dir=tmp_path / algo))
     arguments = [tmp_path / "copo", tmp_path / "grpo", "--baseline", "copo"]
     _, report, statistics = compared(capsys, tmp_path, *arguments)
-    assert report["failed"] == {} and len(statistics) == 20
+    assert report["failed"] == {} and len(statistics) == 2 * 15
     assert list(report["flags"]) == ["copo", "grpo"]
     assert list(report["flags"]["grpo"]) == ["algo", "blend"]
 
@@ -326,6 +343,18 @@ def test_wrong_comparisons_end_in_one_line(capsys, three_runs):
     fake_run(three_runs / "other", {0: ([0], [0])}, [], algo="dapo")
     words = "different things, (k, problems, file): [(2, 1, 'test.jsonl'), (2, 4"
     assert words in message(three_runs / "*")
+
+
+@pytest.mark.parametrize(
+    "command", [f"{compare.__file__} copo-0 copo-1", f"{study.__file__} --list"]
+)
+def test_a_reader_that_hangs_up_ends_it_quietly(three_runs, command):
+    """As `| head` does, but before the first line."""
+    pipe = f"{sys.executable} {command} | true"
+    done = subprocess.run(
+        ["bash", "-c", pipe], cwd=three_runs, capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr == ""
 
 
 def test_as_a_script(three_runs):

@@ -9,8 +9,10 @@ one taken for done; a dapo that is given more responses than the others.
 import json
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
@@ -40,9 +42,13 @@ for step in range(flags["steps"] + 1):
             "right_pushed_down": 0.0, "token_entropy": 0.5, "length_mean": 9.0,
             "loss": 0.1, "prompts_trained": 40, "prompts_drawn": per_step // 6,
             "responses": step * per_step}
+    weight = int(flags["algo"] == "grpo")
+    groups = [{"step": step, "correct": [0, 0], "weight": [weight] * 2, "local_adv": [0, 0],
+               "global_adv": -1}]
     if step:
-        with open(run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\\n")
+        for name, lines in (("metrics", [line]), ("groups", groups)):
+            with open(run / f"{name}.jsonl", "a") as file:
+                file.write("".join(json.dumps(line) + "\\n" for line in lines))
 sys.exit(flags["seed"] == 4)
 """
 
@@ -58,7 +64,8 @@ def fakes(tmp_path, monkeypatch):
         algo = next((word for word in ("grpo", "dapo") if word in configuration), "copo")
         flags = {
             "seed": cell.seed,
-            "steps": study.STEPS,
+            "steps": cell.steps,
+            "lr": 2e-4,
             "prompts_per_step": 40,
             "group_size": 6,
             "algo": algo,
@@ -277,21 +284,110 @@ def test_dapo_is_measured_in_the_responses_that_the_others_had(fakes):
     assert cell["metrics"]["step"] == [4.0 * n for n in range(1, study.STEPS // 4 + 1)]
     firsts = [line["correct"][0] for line in cell["held_out"]]
     assert firsts == [n % 5 for n in range(study.STEPS // study.EVAL_EVERY + 1)]
-    assert study.gradient_shares(cell) == [0.25] * (study.STEPS // 4)
+    assert study.gradient_share(cell) == 0.25
+
+
+def tables_of(printed):
+    """{title: {first cell of a row: its other cells}}"""
+    blocks = printed.rstrip().split("\n\n")
+    tables = {}
+    for title, table in zip(blocks[::2], blocks[1::2]):
+        rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+        tables[title] = {name: cells for name, *cells in rows}
+    return tables
 
 
 def test_tables_tell_what_is_on_record(fakes, tmp_path, capsys):
-    fakes("hard/*-[01]", "rate/ngrpo@2e-4-[56]")
+    fakes("hard/*-[01]", "rate/ngrpo@2e-4-[56]", "long/grpo-0")
     capsys.readouterr()
     study.main(["--tables"])
-    printed = capsys.readouterr().out
-    assert "| hard | 75.0% | 25.0% | 0.0% |" in printed
-    assert "| ngrpo |  | 50.0% |  |  |" in printed
-    assert "| hard | 1 | 25.0% | 100.0% | 4.00 |" in printed
-    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| copo |")]
-    assert rows[1][1] == "2" and rows[1][3].startswith("+0.0%")  # the same numbers as grpo's
-    full = (tmp_path / "docs/hard.txt").read_text()
-    assert "minus grpo" in full and "16 of" not in full
+    tables = tables_of(capsys.readouterr().out)
+    found = {title.split(":")[0]: table for title, table in tables.items()}
+    assert found["The search"]["ngrpo"] == ["", "50.0%"]
+    # Of eight problems, 13 of 32 samples are correct at step 0 (16 with seed 1), 15 (13), 17 (15)
+    # and 19 (17) at steps 4, 8 and 12, 16 (19) at step 16.
+    assert found["The mixes"]["hard"][:4] == ["75.0%", "25.0%", "0.0%", "45.3%"]
+    assert found["The mixes"]["hard"][4].startswith("+9.4% [")
+    grpo, copo = tables["hard: accuracy"]["grpo"], tables["hard: accuracy"]["copo"]
+    assert grpo[:2] == ["2e-4", "2"] and grpo[2].startswith("54.7% [")
+    assert grpo[3] == "" and grpo[4].startswith("50.0% [") and len(grpo) == 5
+    assert copo[3] == copo[5] == "+0.0% [+0.0%, +0.0%]"
+    beside = tables["hard: what goes with it"]
+    # One of the eight has no correct sample at step 16.
+    numbers = ["87.5%", "33.3%", "100.0%", "0.500", "9.0", "5.0%"]
+    assert beside["grpo"] == [*numbers, "25.0%"] and beside["copo"] == [*numbers, "100.0%"]
+    along = tables["long: mean@4 along the way"]
+    assert along["configuration"][-2:] == ["step 64", "each seed, last step"]
+    assert along["grpo"][:5] == ["40.6%", "53.1%", "50.0%", "46.9%", "59.4%"]
+    assert along["grpo"][-2:] == ["46.9%", "46.9%"]
+    equal = found["Groups of equal verdicts"]  # no group was all right
+    assert equal["grpo"] == ["0%, +0.00"] and equal["copo"] == ["100%, -1.00"]
+    text = (tmp_path / "docs/hard.txt").read_text()
+    assert "minus grpo" in text and "16 of" not in text
+    if find_spec("matplotlib"):
+        drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
+        assert drawn == {"hard.png", "long.png", "study.png"}
+
+
+def test_students_t_with_four_degrees_of_freedom():
+    # Every table of Student's t has these.
+    for t, below in ((0, 0.5), (2.131847, 0.95), (2.776445, 0.975), (4.604095, 0.995)):
+        assert study.student_cdf(t) == pytest.approx(below, abs=1e-6)
+        assert study.student_cdf(-t) == pytest.approx(1 - below, abs=1e-6)
+    # Its density, integrated: Γ(5/2) / (√(4π) Γ(2)) (1 + x²/4)^(-5/2) = ⅜ (1 + x²/4)^(-5/2)
+    xs = np.linspace(0, 1.3, 10_001)
+    integral = np.trapezoid(3 / 8 * (1 + xs * xs / 4) ** -2.5, xs)
+    assert study.student_cdf(1.3) == pytest.approx(0.5 + integral, abs=1e-8)
+
+
+def test_p_value_by_hand():
+    # Mean 3, standard deviation √2.5, so t = 3 / √(2.5 / 5) = 3 √2; sinθ = t / √(4 + t²) = √(9/11)
+    s = (9 / 11) ** 0.5
+    by_hand = 2 * (0.5 - 0.75 * (s - s**3 / 3))
+    assert study.p_value([1, 2, 3, 4, 5]) == pytest.approx(by_hand)
+    assert study.p_value([-1, -2, -3, -4, -5]) == pytest.approx(by_hand)
+    assert by_hand == pytest.approx(0.0132, abs=1e-4)
+    assert study.p_value([1, -1, 1, -1, 0]) == 1
+    assert study.p_value([0] * 5) == 1 and study.p_value([0.25] * 5) == 0
+
+
+def test_holm_by_hand():
+    # 4 · .01, 3 · .015, 2 · .04 and 1 · .03, which must not be below the one before it
+    corrected = study.holm({"a": 0.04, "b": 0.01, "c": 0.015, "d": 0.03})
+    assert corrected == pytest.approx({"b": 0.04, "c": 0.045, "d": 0.06, "a": 0.06})
+    assert study.holm({"a": 0.7, "b": 0.6}) == {"b": 1, "a": 1}
+
+
+def made_up_report(differences, interval):
+    row = {"difference": {"runs": differences, "mean": 0.1, "interval": interval}}
+    last = {"statistic": study.LAST, **row}
+    area = {"statistic": study.AREA, **row}
+    return {study.LAST: last, study.AREA: area}
+
+
+def test_marks_are_counted_over_rules_and_mixes():
+    none = {"difference": None}
+    reports = {
+        "hard": {
+            "grpo": {study.LAST: none, study.AREA: none},
+            "copo": made_up_report([0.1, 0.11, 0.1, 0.11, 0.1], [0.05, 0.2]),
+            "sign": made_up_report([0.1, -0.1, 0.2, 0.1, 0.1], [-0.1, 0.2]),
+        },
+        "easy": {
+            "copo": made_up_report([0.1, 0.0, 0.2, 0.1, 0.0], [0.1, 0.2]),
+            "sign": made_up_report([0.1, 0.1], [0.1, 0.2]),  # two seeds
+        },
+        "long": {"copo": made_up_report([0.1, 0.11, 0.1, 0.11, 0.1], [0.05, 0.2])},  # no mix
+    }
+    p_values = study.area_tests(reports)
+    assert set(p_values) == {("hard", "copo"), ("hard", "sign"), ("easy", "copo")}
+    corrected = study.holm(p_values)
+    (table,) = tables_of(study.marks_table(reports, corrected)).values()
+    # Three comparisons: 5 % of them
+    assert table[f"* {study.LAST}"] == table[f"* {study.AREA}"] == ["3", "2", "0.1"]
+    # t of easy/copo is .08 / (.0837 / √5) = 2.14: p .0993
+    assert p_values["easy", "copo"] == pytest.approx(0.0993, abs=1e-3)
+    assert table[f"† {study.AREA}"] == ["3", "1", "0.05 at most"]
 
 
 def test_the_tables_of_the_document_are_those_of_the_record(tmp_path, monkeypatch):
@@ -299,14 +395,13 @@ def test_the_tables_of_the_document_are_those_of_the_record(tmp_path, monkeypatc
     record = study.load_record()
     documented = study.ATTACHMENTS
     monkeypatch.setattr(study, "ATTACHMENTS", tmp_path / "docs")  # the documents are not to change
-    reports = study.compare_mixes(record, tmp_path / "runs")
+    reports = study.compare_parts(record, tmp_path / "runs")
     printed = study.make_tables(record, reports).splitlines()
     document = (study.ROOT / "docs/study.md").read_text()
     rows = [line for line in document.splitlines() if line.startswith("|")]
     assert bool(rows) == bool(record) and set(rows) <= set(printed)
-    for mix in reports:
-        written = (tmp_path / f"docs/{mix}.txt").read_text()
-        assert written == (documented / f"{mix}.txt").read_text()
+    texts = {path.name: path.read_text() for path in documented.glob("*.txt")}
+    assert texts == {f"{part}.txt": (tmp_path / f"docs/{part}.txt").read_text() for part in reports}
 
 
 def test_flags_that_are_not_shared_stand_with_their_cell(tmp_path, monkeypatch):
