@@ -88,7 +88,7 @@ RATES = ("1e-4", "2e-4", "4e-4")  # that the search tries
 # What it found for each rule that it is run for: the best mean area on the even mix, seeds 5 and 6.
 LEARNING_RATES = {
     "grpo": "2e-4",
-    "copo": "2e-4",
+    "copo": "1e-4",
     "copo-group": "2e-4",
     "copo-forced": "2e-4",
     "ngrpo": "2e-4",
