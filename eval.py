@@ -143,6 +143,32 @@ def json_object(text):
     return dict(json.loads(text))
 
 
+def add_prompt_flags(add):
+    """Flags that train.py has too: what is read of a file, and what makes a prompt of it."""
+    add("--problem-field", help="field of the problem, a.b for b in a (default: known shapes)")
+    add(
+        "--answer-field",
+        help="field of the answer, likewise; held-out files may have a known shape",
+    )
+    add("--max-prompt-tokens", type=number_in(int, "[1, inf)"), help="drop longer prompts")
+    add("--system", help="system message (default: none, or the chat template's own)")
+    add("--instruction", help="text after every problem (default: asks for a boxed answer)")
+    add("--template-args", type=json_object, metavar="JSON", help="for the chat template")
+    add("--date", type=datetime.fromisoformat, help="what the template may print (default: now)")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        help="one more token that ends a response; repeatable",
+    )
+    add(
+        "--reward",
+        type=os.path.realpath,
+        metavar="FILE.py:FUNCTION",
+        help="your own grader, called like reward.grade",
+    )
+
+
 def make_parser():
     """All flags. Those of --run's run replace the defaults, see flags_of_run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -150,34 +176,19 @@ def make_parser():
     whole = number_in(int, "[0, inf)")
     count = number_in(int, "[1, inf)")
     not_negative = number_in(float, "[0, inf)")
-    share = number_in(float, "(0, 1]")
     add = parser.add_argument
     add("--run", type=Path, metavar="DIR", help="evaluate a run of train.py as it evaluates itself")
     add("--checkpoint", metavar="NAME", help="of the run: step-000020, or an export, model-000020")
     add("--model", help="directory or Hub id of a model")
     add("--data", help="problems: JSONL, parquet or hf://datasets/OWNER/NAME/FILE")
-    add("--problem-field", help="field of the problem, a.b for b in a (default: known shapes)")
-    add("--answer-field", help="field of the answer, likewise")
+    add_prompt_flags(add)
     add("--k", type=count, default=8, help="samples of each problem")
     add("--temperature", type=not_negative, default=1.0, help="0 = greedy, for which --k 1 will do")
-    add("--top-p", type=share, default=1.0, help="nucleus sampling: probability kept (1 = all)")
+    add("--top-p", type=number_in(float, "(0, 1]"), default=1.0, help="nucleus's share (1 = all)")
     add("--top-k", type=whole, default=0, help="sample from this many likeliest tokens (0 = all)")
-    add("--max-prompt-tokens", type=count, help="drop longer prompts (default: none)")
     add("--max-new-tokens", type=count, default=512, help="longest response in tokens")
     add("--limit", type=whole, default=0, help="only the first so many problems (0 = all)")
     add("--seed", type=whole, default=0, help="of sampling noise, intervals, random_init weights")
-    add("--system", help="system message (default: none, or the chat template's own)")
-    add("--template-args", type=json_object, metavar="JSON", help="for the chat template")
-    add(
-        "--date",
-        type=datetime.fromisoformat,
-        help="moment that the chat template may print (default: now)",
-    )
-    add(
-        "--stop", action="append", default=[], help="another token that ends a response; repeatable"
-    )
-    add("--instruction", default=INSTRUCTION, help="what follows a problem (default: %(default)s)")
-    add("--reward", metavar="FILE.py:FUNCTION", help="grade with this function, not reward.grade")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float64"),
@@ -192,7 +203,8 @@ def make_parser():
         metavar="FILE",
         help="write a JSON line per response, all of them or none",
     )
-    parser.set_defaults(weights=None)  # a checkpoint of --run, which has only weights
+    # weights: a checkpoint of --run, which has nothing else
+    parser.set_defaults(instruction=INSTRUCTION, weights=None)
     return parser
 
 
@@ -205,8 +217,6 @@ def parse_flags(argv):
         args = parser.parse_args(argv)
     if not (args.model and args.data):
         raise ValueError("--model and --data are needed, or --run, which knows its own")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch finds no CUDA device here")
     if args.out and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
         raise ValueError(
             f"--out {args.out} cannot be written: it needs a file name in an existing, writable "
@@ -289,6 +299,11 @@ def read_problems(args, model, tokenizer, path, limit=0, known_shapes=False):
     return problems, prompts
 
 
+def progress_bar(*items, **options):
+    """tqdm on rank 0, if its output is a terminal."""
+    return tqdm(*items, leave=False, disable=None if rank() == 0 else True, **options)
+
+
 def evaluate(args):
     """Sample and grade k responses to each problem; print the metrics, write the responses."""
     model, tokenizer, stop_ids = load_model(
@@ -300,12 +315,18 @@ def evaluate(args):
     problems, prompts = read_problems(
         args, model, tokenizer, args.data, args.limit, known_shapes=args.run is not None
     )
-    print_settings(args)
+    source = args.weights or args.model
+    print0(f"model   {source}, {args.dtype} on {args.device}, ranks: {world_size()}")
+    print0(
+        f"sample  {args.k} samples each at temperature {args.temperature:g}, top-p {args.top_p:g}, "
+        f"top-k {args.top_k}, seed {args.seed}, at most {args.max_new_tokens} tokens"
+    )
+    if args.reward:
+        print0(f"reward  {args.reward}")
     started = time.monotonic()
-    hidden = rank() > 0 or None  # None: a bar on a terminal, nothing in a log file
     with (
         Verifier(reward=args.reward) as verifier,
-        tqdm(unit=" tokens", unit_scale=True, disable=hidden, leave=False) as bar,
+        progress_bar(unit=" tokens", unit_scale=True) as bar,
     ):
         rollout = generate_rollout(
             model,
@@ -329,17 +350,6 @@ def evaluate(args):
             write_responses(args.out, rollout, tokenizer)
         print_metrics(rollout, args)
         print_statistics(rollout, args, seconds)
-
-
-def print_settings(args):
-    source = args.weights or args.model
-    print0(f"model   {source}, {args.dtype} on {args.device}, ranks: {world_size()}")
-    print0(
-        f"sample  {args.k} samples each at temperature {args.temperature:g}, top-p {args.top_p:g}, "
-        f"top-k {args.top_k}, seed {args.seed}, at most {args.max_new_tokens} tokens"
-    )
-    if args.reward:
-        print0(f"reward  {args.reward}")
 
 
 def print_metrics(rollout, args):

@@ -352,14 +352,17 @@ def _check_request(model, prompts, group_size, limits, rows):
         raise ValueError(
             f"max_new_tokens must be positive: one number, or one for each of the {total_rows} rows"
         )
-    longest = max(len(prompts[b // group_size]) + limit for b, limit in enumerate(limits))
-    allowed = model.config.max_position_embeddings
-    if longest > allowed:
-        raise ValueError(
-            f"prompt and response of {longest} tokens exceed the model's positions ({allowed})"
-        )
     if len(rows) != len(prompts):
         raise ValueError(f"rows names {len(rows)} data rows for {len(prompts)} prompts")
+    lengths = [len(prompts[b // group_size]) + limit for b, limit in enumerate(limits)]
+    longest = max(lengths)
+    allowed = model.config.max_position_embeddings
+    if longest > allowed:
+        row = rows[lengths.index(longest) // group_size]
+        raise ValueError(
+            f"data row {row}: prompt and response of {longest} tokens exceed the model's positions "
+            f"({allowed})"
+        )
     return longest
 
 
@@ -561,6 +564,8 @@ def init_distributed(device, timeout):
 
     timeout: seconds that a rank waits for another before it gives up."""
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: PyTorch finds no CUDA device here")
         # cuDNN's attention takes 0.4 s to plan for each new shape, and decoding meets many.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -574,14 +579,15 @@ def init_distributed(device, timeout):
         store, number, count = next(dist.rendezvous("env://", timeout=timeout))
     except dist.DistError:
         # Every rank says so, since rank 0 may be the one that is missing.
-        name = os.environ["RANK"]
-        print(f"rank {name}: the other ranks did not come within {timeout}", file=sys.stderr)
+        print(
+            f"rank {os.environ['RANK']}: the other ranks did not come within {timeout}",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps one store over its restarts (PyTorch 2.13), with the addresses of dead
         # ranks in it. On one machine all ranks count restarts alike; on several they may not.
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-        store = dist.PrefixStore(f"start {restarts}", store)
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
 
 
@@ -722,13 +728,6 @@ def generate_rollout(
     rows: what the noise of each prompt depends on (default: its problem's data row). options:
     further ones of generate(). clock: phases "decode", "prefill" and "verify"."""
     rows = [problem.row for problem in problems] if rows is None else rows
-    allowed = model.config.max_position_embeddings
-    for problem, prompt in zip(problems, prompts):
-        if len(prompt) + max_new_tokens > allowed:
-            raise ValueError(
-                f"data row {problem.row}: {len(prompt)} prompt tokens and {max_new_tokens} new"
-                f" ones exceed the model's {allowed} positions"
-            )
 
     def run_share(share):
         """(problem, prompt, row) triples -> of each the Samples, the texts and their Group."""
@@ -764,9 +763,8 @@ def generate_rollout(
 
 def decode_groups(tokenizer, samples, group_size):
     """Samples as P lists of G texts."""
-    replies = []
-    for tokens, length in zip(samples.tokens.tolist(), samples.lengths.tolist()):
-        replies.append(tokens[:length])
+    rows = zip(samples.tokens.tolist(), samples.lengths.tolist())
+    replies = [tokens[:length] for tokens, length in rows]
     texts = tokenizer.batch_decode(
         replies, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )

@@ -49,11 +49,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out under PYTHONSAFEPATH
 import copo
-from eval import TINY_MODEL, json_object, maj_at_k, mean_at_k, number_in, read_problems
+from eval import (
+    TINY_MODEL,
+    add_prompt_flags,
+    maj_at_k,
+    mean_at_k,
+    number_in,
+    progress_bar,
+    read_problems,
+)
 from model import CHUNK_LOGITS, Config, Packing, Transformer, model_directory, read_weights
 from reward import Verifier, fingerprint, same_text
 from sampler import (
@@ -99,13 +106,16 @@ def train(run):
             if state.step > 0 and is_due(state.step, args.save_every, args.steps):
                 save_checkpoint(run)
             if args.export_every and state.step > 0 and state.step % args.export_every == 0:
-                export(run, f"model-{state.step:06d}", args.export_dtype)
+                export(run, f"model-{state.step:06d}")
         if state.step >= args.steps:
             break
         run.stop.raise_if_any_rank()
         rollout, rollout_metrics = collect_rollout(run)  # P groups of G graded responses
         free_sampler(run)
-        rewards, correct = rewards_to_train_on(run, rollout)
+        rewards = rollout.rewards
+        correct = rollout.correct
+        if args.placebo:  # dealt to the responses at random, on every rank in the same way
+            rewards, correct = copo.permute_rewards(rewards, correct, args.seed, state.step)
         advantages = copo.compute_advantages(
             rewards,
             correct,
@@ -173,34 +183,36 @@ def sample_groups(run, cursor, on_tokens):
     """G graded responses to each of the next P prompts of the data order -> Rollout."""
     args = run.args
     drawn = draw_prompts(args.seed, cursor, args.prompts_per_step, len(run.problems))
-    return generate_rollout(
-        run.sampler,
-        run.tokenizer,
-        run.verifier,
+    return sample_and_grade(
+        run,
         [run.problems[index] for index, _ in drawn],
         [run.prompts[index] for index, _ in drawn],
         args.group_size,
-        args.max_new_tokens,
         rows=[noise_row for _, noise_row in drawn],
         seed=args.seed,
         step=run.state.step,
         temperature=args.temperature,
-        stop_ids=run.stop_ids,
-        max_rows=args.rollout_batch,
-        cache_tokens=args.max_prompt_tokens + args.max_new_tokens,
         on_tokens=on_tokens,
         clock=run.clock,
     )
 
 
-def rewards_to_train_on(run, rollout):
-    """Rewards and verdicts (P,G): as graded, or, under --placebo, dealt to the responses at random.
-
-    On every rank the same: the rollout is whole on each, and the deal depends on (seed, step).
-    """
-    if not run.args.placebo:
-        return rollout.rewards, rollout.correct
-    return copo.permute_rewards(rollout.rewards, rollout.correct, run.args.seed, run.state.step)
+def sample_and_grade(run, problems, prompts, group_size, **options):
+    """Responses of the present policy -> Rollout; options: further ones of generate_rollout."""
+    args = run.args
+    return generate_rollout(
+        run.sampler,
+        run.tokenizer,
+        run.verifier,
+        problems,
+        prompts,
+        group_size,
+        args.max_new_tokens,
+        stop_ids=run.stop_ids,
+        max_rows=args.rollout_batch,
+        cache_tokens=args.max_prompt_tokens + args.max_new_tokens,
+        **options,
+    )
 
 
 def draw_prompts(seed, cursor, count, size):
@@ -230,11 +242,6 @@ def token_bar(run, label):
         yield on_tokens
 
 
-def progress_bar(*items, **options):
-    """tqdm on rank 0, if its output is a terminal."""
-    return tqdm(*items, leave=False, disable=None if rank() == 0 else True, **options)
-
-
 # ----------------------------------------------------------------------------------------- Updates
 
 
@@ -254,8 +261,7 @@ def update_policy(run, rollout, advantages):
         old_logprobs = compute_logprobs(run, run.model, rollout, later_rows)
     ref_logprobs = None
     if run.reference is not None:
-        all_rows = minibatches[0] + later_rows
-        ref_logprobs = compute_logprobs(run, run.reference, rollout, all_rows)
+        ref_logprobs = compute_logprobs(run, run.reference, rollout, minibatches[0] + later_rows)
     step_sums = MetricSums()
     for number, rows in enumerate(minibatches):
         old = old_logprobs if number > 0 else None
@@ -362,6 +368,7 @@ def optimizer_step(run, loss, lr, sums):
     # The one place of an update where the host waits for the device.
     values = torch.stack([loss, norm]).tolist()
     applied = all(map(math.isfinite, values))
+    state.updates += 1
     if applied:
         # Set at every update: a checkpoint restores them, and flags may have changed since.
         for group, weight_decay in zip(run.optimizer.param_groups, (args.weight_decay, 0.0)):
@@ -369,21 +376,19 @@ def optimizer_step(run, loss, lr, sums):
         run.optimizer.step()
         one = torch.ones_like(loss)
         sums.add({"loss": (loss, one), "grad_norm": (norm, one), "grad_norm_max": (norm, one)})
-    run.optimizer.zero_grad(set_to_none=True)
-    state.updates += 1
-    if applied:
         state.bad_updates = 0
-        return True
-    state.skipped_updates += 1
-    state.bad_updates += 1
-    loss, norm = values
-    print0(f"WARNING update {state.updates}: loss {loss:g}, gradient norm {norm:g}; skipped")
+    else:
+        state.skipped_updates += 1
+        state.bad_updates += 1
+        loss, norm = values
+        print0(f"WARNING update {state.updates}: loss {loss:g}, gradient norm {norm:g}; skipped")
+    run.optimizer.zero_grad(set_to_none=True)
     if state.bad_updates >= MAX_BAD_UPDATES:
         raise ValueError(
             f"{state.bad_updates} updates in a row were not finite: lower --lr, or look at "
             "samples.txt"
         )
-    return False
+    return applied
 
 
 def make_optimizer(model, args):
@@ -394,7 +399,7 @@ def make_optimizer(model, args):
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     for p in model.parameters():
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -426,15 +431,13 @@ def warm_start(run):
     """Supervised learning of the data's solutions and of the end token after them: --sft-steps."""
     args = run.args
     state = run.state
-    indices = sorted(run.solutions)
     sums = MetricSums()
     for step in progress_bar(range(state.sft_step, args.sft_steps), "warm start", unit="update"):
         # Here and not at the end: the checkpoint of the last step has the next phase's optimiser.
         run.stop.raise_if_any_rank()
-        drawn = draw_prompts(args.seed + 1, step * args.sft_batch, args.sft_batch, len(indices))
-        pairs = {}
-        for number, (i, _) in enumerate(drawn):
-            pairs[number] = (run.prompts[indices[i]], run.solutions[indices[i]])
+        size = len(run.demonstrations)
+        drawn = draw_prompts(args.seed + 1, step * args.sft_batch, args.sft_batch, size)
+        pairs = {number: run.demonstrations[i] for number, (i, _) in enumerate(drawn)}
         sft_minibatch(run, pairs, sums)
         state.sft_step += 1
         if state.sft_step % 50 == 0 or state.sft_step == args.sft_steps:
@@ -677,19 +680,13 @@ def run_evaluation(run):
     """Sample and grade --eval-samples responses to each held-out problem -> Rollout."""
     args = run.args
     with run.clock("evaluate"), token_bar(run, "evaluation") as on_tokens:
-        return generate_rollout(
-            run.sampler,
-            run.tokenizer,
-            run.verifier,
+        return sample_and_grade(
+            run,
             run.held_out,
             run.held_out_prompts,
             args.eval_samples,
-            args.max_new_tokens,
             seed=EVAL_SEED,
             temperature=args.eval_temperature,
-            stop_ids=run.stop_ids,
-            max_rows=args.rollout_batch,
-            cache_tokens=args.max_prompt_tokens + args.max_new_tokens,
             on_tokens=on_tokens,
         )
 
@@ -767,11 +764,11 @@ class Run:
     stop_ids: list
     problems: list
     prompts: list  # token ids of each problem
-    solutions: dict  # problem -> token ids of its solution, for the warm start
     held_out: list
     held_out_prompts: list
     verifier: Verifier
     clock: "Clock"
+    demonstrations: list = None  # (prompt, solution) of the warm start, token ids
     sampler: Transformer = None  # the weights that sample: run.model, or a copy in the compute type
     reference: Transformer = None  # the frozen initial policy, if there is a KL term
     optimizer: torch.optim.Optimizer = None
@@ -1027,7 +1024,7 @@ def sample_table(step, rollout, advantages):
     mixed = int((rollout.correct.double().mean(dim=1) - 0.5).abs().argmin())
     equal = (~copo.is_mixed(rollout.correct)).nonzero()[:, 0].tolist()
     lines = [f"step {step}"]
-    for i in [mixed, *(i for i in equal if i != mixed)][:2]:
+    for i in list(dict.fromkeys([mixed, *equal]))[:2]:
         problem = rollout.problems[i]
         lines.append(
             f"  {one_line(problem.problem, 88)}   reference {one_line(problem.answer, 20)}   "
@@ -1084,7 +1081,7 @@ def append(path, lines):
 
 def summarise(run):
     """Export the model, and say what came of the run and where everything is."""
-    export(run, "model", run.args.export_dtype)
+    export(run, "model")
     if run.args.plot and rank() == 0:
         subprocess.run([sys.executable, HERE / "study/plot.py", run.directory], check=False)
     evaluations = run.state.evaluations
@@ -1113,12 +1110,12 @@ def save_checkpoint(run):
     target = run.directory / "checkpoints" / checkpoint_name(run)
     if all_gather(target.exists())[0]:  # what rank 0 sees counts: file systems may lag behind
         return target
-    run.state.files = {}
-    for name in RUN_FILES:
-        if (run.directory / name).exists():
-            run.state.files[name] = (run.directory / name).stat().st_size
-    failed = f"cannot write the checkpoint {target}"
-    with atomic_directory(target) as temporary, one_line_errors(failed):
+    files = [path for path in run.directory.iterdir() if path.name in RUN_FILES]
+    run.state.files = {path.name: path.stat().st_size for path in files}
+    with (
+        atomic_directory(target) as temporary,
+        one_line_errors(f"cannot write the checkpoint {target}"),
+    ):
         weights, optimizer = get_state_dict(run.model, run.optimizer)
         contents = {"model": weights, "optimizer": optimizer}
         dcp.save(contents, checkpoint_id=temporary, no_dist=world_size() == 1)
@@ -1144,8 +1141,9 @@ def load_checkpoint(run):
     checkpoints = all_gather(checkpoints)[0]
     if checkpoints:
         newest = checkpoints[-1]
-        advice = "go on from another one with --resume DIR"
-        with one_line_errors(f"cannot read the checkpoint {newest}, {advice}"):
+        with one_line_errors(
+            f"cannot read the checkpoint {newest}, go on from another one with --resume DIR"
+        ):
             weights, optimizer = get_state_dict(run.model, run.optimizer)
             contents = {"model": weights, "optimizer": optimizer}
             dcp.load(contents, checkpoint_id=newest, no_dist=world_size() == 1)
@@ -1198,8 +1196,8 @@ def one_line_errors(what):
     try:
         yield
     except CheckpointException as error:
-        first, _ = next(iter(error.failures.values()))
-        raise OSError(f"{what}: {first}") from error
+        reason, _ = next(iter(error.failures.values()))
+        raise OSError(f"{what}: {reason}") from error
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
         raise OSError(f"{what}: {error}") from error
 
@@ -1212,12 +1210,17 @@ def delete_directory(directory):
     shutil.rmtree(hidden)
 
 
-def export(run, name, dtype):
-    """Write the weights as a Hugging Face directory of the run, one whole tensor at a time."""
+def export(run, name, dtype=None):
+    """Write the weights as a Hugging Face directory of the run, one whole tensor at a time.
+
+    dtype: --export-dtype's unless given.
+    """
     with atomic_directory(run.directory / name) as temporary:
         weights = ((key, full_tensor(tensor)) for key, tensor in run.model.state_dict().items())
         if rank() == 0:
-            run.model.save_pretrained(temporary, DTYPES.get(dtype), weights)
+            run.model.save_pretrained(
+                temporary, DTYPES.get(dtype or run.args.export_dtype), weights
+            )
         # full_tensor is a collective: the other ranks take part in each, rank 0 has had them all.
         deque(weights, maxlen=0)
 
@@ -1294,20 +1297,19 @@ def full_tensor(tensor):
 
 
 def sync_weights(run):
-    """Copy the masters, parameter by parameter, into the copy that samples."""
+    """Give the copy that samples the masters' values, parameter by parameter."""
     if run.sampler is run.model:
         return
-    with torch.no_grad(), run.clock("sync"):
+    with run.clock("sync"):
         for target, source in zip(run.sampler.parameters(), run.model.parameters()):
-            if target.shape != source.shape:  # free_sampler gave its memory back
-                target.data = target.new_empty(source.shape)
             # Cast before it is gathered: half the bytes in bfloat16.
-            target.copy_(full_tensor(source.detach().to(target.dtype)))
+            whole = full_tensor(source.detach().to(target.dtype))
+            target.data = whole.to(target.device)
 
 
 def free_sampler(run):
-    """With --free-sampler, give the copy's memory back until the next sync_weights()."""
-    if run.args.free_sampler:
+    """Give the copy's memory back for the updates, until the next sync_weights()."""
+    if run.sampler is not run.model:
         for parameter in run.sampler.parameters():
             parameter.data = parameter.new_empty(0)
 
@@ -1317,7 +1319,7 @@ def load_reference(run):
 
     After a warm start that is no model on disk: it is exported once, for continuations too.
     """
-    path = Path(run.model.source)
+    path = run.model.source
     if run.args.sft_steps:
         path = run.directory / "reference"
         if run.state.step == 0:
@@ -1346,8 +1348,14 @@ def setup(args):
     if args.device == "cuda" and args.rollout_batch == 0:
         choose_rollout_batch(model.config, args)
     check_memory(model.config, args)
-    problems, prompts, held_out, held_out_prompts = read_data(args, model, tokenizer)
-    solutions = encode_solutions(args, tokenizer, problems) if args.sft_steps else {}
+    problems, prompts = read_problems(args, model, tokenizer, args.data)
+    held_out = []
+    held_out_prompts = []
+    if args.eval_data:
+        held_out, held_out_prompts = read_problems(
+            args, model, tokenizer, args.eval_data, args.eval_problems, known_shapes=True
+        )
+    warn_of_overlap(problems, held_out)
     positions = model.config.max_position_embeddings
     longest = max(map(len, prompts + held_out_prompts)) + args.max_new_tokens
     require(
@@ -1355,13 +1363,6 @@ def setup(args):
         f"the longest prompt and --max-new-tokens make {longest} tokens; the model has {positions} "
         "positions: lower --max-prompt-tokens or --max-new-tokens",
     )
-    for i, solution in solutions.items():
-        length = len(prompts[i]) + len(solution)
-        require(
-            length <= positions,
-            f"{args.data}:{problems[i].row + 1}: prompt and solution make {length} tokens; the "
-            f"model has {positions} positions",
-        )
     return Run(
         args=args,
         algorithm=algorithm_of(args),
@@ -1371,62 +1372,23 @@ def setup(args):
         stop_ids=stop_ids,
         problems=problems,
         prompts=prompts,
-        solutions=solutions,
         held_out=held_out,
         held_out_prompts=held_out_prompts,
-        verifier=make_verifier(args),
+        verifier=Verifier(
+            args.verifier_workers, args.verifier_timeout, args.verifier_memory, args.reward
+        ),
         clock=Clock(args.device),
     )
 
 
-def make_verifier(args):
-    return Verifier(
-        args.verifier_workers,
-        timeout=args.verifier_timeout,
-        memory_mb=args.verifier_memory,
-        reward=args.reward,
-    )
-
-
-def read_data(args, model, tokenizer):
-    """Problems and their prompts, held-out problems and their prompts."""
-    problems, prompts = read_problems(args, model, tokenizer, args.data)
-    require_enough_problems(args, problems)
-    if not args.eval_data:
-        return problems, prompts, [], []
-    held_out, held_out_prompts = read_problems(
-        args, model, tokenizer, args.eval_data, args.eval_problems, known_shapes=True
-    )
+def warn_of_overlap(problems, held_out):
     seen = {same_text(problem.problem) for problem in problems}
     overlap = [problem for problem in held_out if same_text(problem.problem) in seen]
     if overlap:
-        count = f"{len(overlap)} of {len(held_out)}"
-        print0(f"WARNING {count} held-out problems are in the training data too")
-    return problems, prompts, held_out, held_out_prompts
-
-
-def require_enough_problems(args, problems):
-    require(
-        len(problems) >= args.prompts_per_step,
-        f"--prompts-per-step {args.prompts_per_step}, but {args.data} has {len(problems)} usable "
-        "problems",
-    )
-
-
-def encode_solutions(args, tokenizer, problems):
-    """{index of a problem: token ids of its solution and the end token}, for the warm start."""
-    end = tokenizer.eos_token_id
-    require(end is not None, "--sft-steps trains the end token, and the tokenizer has none")
-    solutions = {}
-    for i, problem in enumerate(problems):
-        if problem.solution:
-            ids = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-            solutions[i] = [*ids, end]
-    require(
-        solutions,
-        f"--sft-steps {args.sft_steps}, but no problem in {args.data} has a solution to learn from",
-    )
-    return solutions
+        print0(
+            f"WARNING {len(overlap)} of {len(held_out)} held-out problems are in the training data "
+            "too"
+        )
 
 
 def drop_unearnable_problems(run):
@@ -1434,21 +1396,46 @@ def drop_unearnable_problems(run):
 
     Rank 0 decides for all. Not with --reward, which may ask something else of a reference.
     """
-    if run.args.reward:
-        return
-    references = [problem.answer for problem in run.problems]
-    earnable = run.verifier.self_consistent(references) if rank() == 0 else None
+    args = run.args
+    earnable = [True] * len(run.problems)
+    if rank() == 0 and not args.reward:
+        earnable = run.verifier.self_consistent([problem.answer for problem in run.problems])
     earnable = all_gather(earnable)[0]
-    kept = [i for i, holds in enumerate(earnable) if holds]
-    if len(kept) == len(references):
-        return
-    count = len(references) - len(kept)
-    print0(f"data    {count} dropped: no response can be correct, since the reference has no value")
-    run.problems = [run.problems[i] for i in kept]
-    run.prompts = [run.prompts[i] for i in kept]
-    solutions = [run.solutions.get(i) for i in kept]
-    run.solutions = {i: solution for i, solution in enumerate(solutions) if solution}
-    require_enough_problems(run.args, run.problems)
+    if not all(earnable):
+        count = earnable.count(False)
+        print0(
+            f"data    {count} dropped: no response can be correct, as the reference has no value"
+        )
+    run.problems = list(itertools.compress(run.problems, earnable))
+    run.prompts = list(itertools.compress(run.prompts, earnable))
+    require(
+        len(run.problems) >= args.prompts_per_step,
+        f"--prompts-per-step {args.prompts_per_step}, but {args.data} has {len(run.problems)} "
+        "usable problems",
+    )
+
+
+def encode_demonstrations(run):
+    """Prompt, solution and end token of each problem that has a solution, for the warm start."""
+    args = run.args
+    end = run.tokenizer.eos_token_id
+    require(end is not None, "--sft-steps trains the end token, and the tokenizer has none")
+    positions = run.model.config.max_position_embeddings
+    run.demonstrations = []
+    for problem, prompt in zip(run.problems, run.prompts):
+        if problem.solution:
+            ids = run.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+            length = len(prompt) + len(ids) + 1
+            require(
+                length <= positions,
+                f"{args.data}:{problem.row + 1}: prompt and solution make {length} tokens; the "
+                f"model has {positions} positions",
+            )
+            run.demonstrations.append((prompt, [*ids, end]))
+    require(
+        run.demonstrations,
+        f"--sft-steps {args.sft_steps}, but no problem in {args.data} has a solution to learn from",
+    )
 
 
 def create_run_dir(run):
@@ -1508,7 +1495,7 @@ FORMAT = 2  # of run.json and what lies beside it
 def record_run(run, parameters):
     """Write run.json: format, flags, inputs, versions; on resume, also what of them has changed."""
     flags = dict(sorted(vars(run.args).items()))
-    inputs = fingerprints(run.args)
+    inputs = fingerprints(run.args, run.model.source)
     if run.args.resume:
         run.run_info = json.loads((run.directory / "run.json").read_text())
         before = run.run_info["flags"] | run.run_info.get("inputs", inputs)
@@ -1523,8 +1510,8 @@ def record_run(run, parameters):
                 print0(
                     f"WARNING {label} was {old} and is now {new}: from here on this is another run"
                 )
-        resumes = run.run_info.setdefault("resumed", [])
-        resumes.append({"step": run.state.step, "changed": changed})
+        resumed = {"step": run.state.step, "changed": changed}
+        run.run_info.setdefault("resumed", []).append(resumed)
         run.run_info.pop("ended", None)
     else:
         command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
@@ -1552,17 +1539,19 @@ def write_run_info(run, **entries):
     os.replace(temporary, run.directory / "run.json")
 
 
-def fingerprints(args):
-    """{"--model config.json": its fingerprint, …} of the files that the run reads."""
+def fingerprints(args, model):
+    """{"--model config.json": its fingerprint, …} of the files that the run reads.
+
+    model: the model's directory.
+    """
     files = {"--data contents": args.data, "--eval-data contents": args.eval_data}
     files["--reward contents"], _, _ = (args.reward or "").rpartition(":")
-    directory = model_directory(args.model or TINY_MODEL)
-    for file in directory.iterdir():
+    for file in model.iterdir():
         if file.suffix in (".json", ".jinja", ".txt", ".model", ".safetensors"):
             files[f"--model {file.name}"] = str(file)
     found = {name: fingerprint(path) for name, path in files.items() if path}
     # The local copy of a Hub id is named after its revision.
-    return found | {"--model directory": directory.name}
+    return found | {"--model directory": model.name}
 
 
 # ----------------------------------------------------------------------------------------- Memory
@@ -1605,7 +1594,7 @@ def memory_plan(config, args, ranks):
         kept = layers * config.hidden_size + in_layer
     activations = max(args.micro_tokens, longest) * kept * narrow
     always = 3 * masters + reference
-    update = always + masters + all_gradients + (0 if args.free_sampler else sampler)
+    update = always + masters + all_gradients
     rollout = always + sampler
     plan = {
         "masters": masters,
@@ -1640,9 +1629,8 @@ def choose_rollout_batch(config, args):
     """
     total, _ = device_memory(args.device)
     args.rollout_batch = rows_in_flight(args, world_size())
-    while memory_plan(config, args, world_size())["rollout"] > 0.9 * total:
-        if args.rollout_batch == 1:
-            break
+    fits = 0.9 * total
+    while args.rollout_batch > 1 and memory_plan(config, args, world_size())["rollout"] > fits:
         args.rollout_batch = math.ceil(args.rollout_batch / 2)
 
 
@@ -1668,8 +1656,8 @@ def check_memory(config, args):
     if plan["total"] > 0.9 * free:
         print0(
             f"WARNING a rank may need {plan['total']:.1f} GiB at its fullest, and {free:.1f} are "
-            "free: if it runs out, use --activation-checkpointing, --free-sampler, or a smaller "
-            f"--micro-tokens or --rollout-batch; {see}"
+            "free: if it runs out, use --activation-checkpointing, or a smaller --micro-tokens or "
+            f"--rollout-batch; {see}"
         )
 
 
@@ -1745,13 +1733,18 @@ MAY_CHANGE_ON_RESUME = {
     "timeout",
     "activation_checkpointing",
     "cpu_offload",
-    "free_sampler",
     "compile",
     "defer_gradient_sync",
     "plan",
 }
 # What its checkpoints were made with. Other flags may change, with a warning.
 MUST_MATCH_ON_RESUME = ("model", "seed", "dtype", "sft_steps", "sft_batch", "sft_lr")
+
+
+def real_path(text):
+    """An argparse type: a file's or directory's whole path, which means the same wherever the run
+    goes on; a place on the Hub as it is."""
+    return os.path.realpath(text) if os.path.exists(text) else text
 
 
 def build_parser():
@@ -1771,7 +1764,11 @@ def build_parser():
     positive = number_in(float, "(0, inf)")
     decay = number_in(float, "[0, 1)")
     add = parser.add_argument_group("model").add_argument
-    add("--model", help="Hugging Face directory or Hub id (default: data/tiny, random weights)")
+    add(
+        "--model",
+        type=real_path,
+        help="Hugging Face directory or Hub id (default: data/tiny, random weights)",
+    )
     add(
         "--dtype",
         choices=DTYPES,
@@ -1784,36 +1781,14 @@ def build_parser():
         default="auto",
         help="auto: cuda if there is one",
     )
-    add("--system", help="system message of the chat template (default: the template's own)")
-    add("--instruction", help="text after every problem")
+    add = parser.add_argument_group("problems and prompts").add_argument
     add(
-        "--template-args",
-        type=json_object,
-        metavar="JSON",
-        help='for the chat template, such as {"enable_thinking": false}',
+        "--data",
+        type=real_path,
+        help="problems: JSONL or parquet, a local file or hf://datasets/OWNER/NAME/FILE",
     )
-    add(
-        "--date",
-        type=datetime.fromisoformat,
-        metavar="ISO",
-        help="moment that the chat template may print (default: the start)",
-    )
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TOKEN",
-        help="one more token that ends a response; repeatable",
-    )
-    add = parser.add_argument_group("data").add_argument
-    add("--data", help="problems: JSONL or parquet, a local file or hf://datasets/OWNER/NAME/FILE")
-    add("--eval-data", help="held-out problems, likewise (without: no evaluation)")
-    add("--problem-field", help="field of the problem, a.b for b within a (default: known shapes)")
-    add(
-        "--answer-field",
-        help="field of the answer, likewise; held-out files may have a known shape too",
-    )
-    add("--max-prompt-tokens", type=count, help="problems with longer prompts are dropped")
+    add("--eval-data", type=real_path, help="held-out problems, likewise (without: no evaluation)")
+    add_prompt_flags(add)
     add = parser.add_argument_group("rollout").add_argument
     add("--prompts-per-step", type=at_least_two, help="P, prompts sampled in a step")
     add("--group-size", type=at_least_two, help="G, responses to each prompt")
@@ -1828,7 +1803,6 @@ def build_parser():
         help="a control: deal each step's rewards and verdicts to its responses at random",
     )
     add = parser.add_argument_group("grading").add_argument
-    add("--reward", metavar="FILE.py:FUNCTION", help="your own grader, called like reward.grade")
     add("--verifier-workers", type=count, default=2, help="processes that grade responses")
     add(
         "--verifier-timeout",
@@ -1917,12 +1891,6 @@ def build_parser():
         help="masters, gradients and optimiser in the host's memory",
     )
     add(
-        "--free-sampler",
-        action=yes_no,
-        default=False,
-        help="give the sampling copy's memory back for the updates",
-    )
-    add(
         "--defer-gradient-sync",
         action=yes_no,
         default=False,
@@ -1937,6 +1905,7 @@ def build_parser():
     )
     add(
         "--compile",
+        choices=torch.compiler.list_backends(exclude_tags=()),
         metavar="BACKEND",
         help="torch.compile for the layers that are trained, such as inductor",
     )
@@ -1982,10 +1951,6 @@ def parse_args(argv):
     unset = argparse.Namespace(**dict.fromkeys(defaults))
     cli_args = vars(parser.parse_args(argv, unset))
     cli_args = {name: value for name, value in cli_args.items() if value is not None}
-    for name in {"model", "data", "eval_data", "reward"} & cli_args.keys():
-        # Whole paths mean the same wherever the run goes on. A reward's is before its colon.
-        if name == "reward" or Path(cli_args[name]).exists():
-            cli_args[name] = str(Path(cli_args[name]).resolve())
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         resume_after_restart(cli_args)
     resumed = resumed_flags(cli_args) if "resume" in cli_args else {}
@@ -2014,11 +1979,8 @@ def parse_args(argv):
 
 def check_run_dir(directory):
     """A new run needs a directory of its own. These are left by one killed before run.json."""
-    unused = not directory.exists()
-    if directory.is_dir():
-        unused = {path.name for path in directory.iterdir()} <= {"run.tmp", ".lock"}
     require(
-        unused,
+        {path.name for path in directory.glob("*")} <= {"run.tmp", ".lock"},
         f"--run-dir {directory} is in use: choose another, or --resume latest to go on with it",
     )
 
@@ -2032,12 +1994,13 @@ def process_suffix():
 
 def resume_after_restart(cli_args):
     """After a restart by torchrun: go on with the run that the killed workers began, if any."""
-    run_dirs = sorted(Path("runs").glob(f"*{process_suffix()}"))
-    if cli_args.get("resume", "latest") != "latest":  # a checkpoint's path, which names the run too
-        run_dirs = [Path(cli_args["resume"]).resolve().parent.parent]
-    cli_args.setdefault("run_dir", str(run_dirs[-1]) if run_dirs else None)
-    cli_args.pop("resume", None)
-    if cli_args["run_dir"] and (Path(cli_args["run_dir"]) / "run.json").is_file():
+    checkpoint = cli_args.pop("resume", "latest")
+    found = sorted(Path("runs").glob(f"*{process_suffix()}"))
+    if checkpoint != "latest":
+        found = [Path(checkpoint).resolve().parent.parent]
+    if found:
+        cli_args.setdefault("run_dir", str(found[-1]))
+    if "run_dir" in cli_args and Path(cli_args["run_dir"], "run.json").is_file():
         cli_args["resume"] = "latest"
 
 
@@ -2046,14 +2009,17 @@ def resumed_flags(cli_args):
     checkpoint = cli_args["resume"]
     run_dir = cli_args.get("run_dir")
     if checkpoint != "latest":
-        found = (Path(checkpoint) / "state.json").is_file()
-        require(found, f"--resume {checkpoint}: no checkpoint there")
+        require(
+            Path(checkpoint, "state.json").is_file(), f"--resume {checkpoint}: no checkpoint there"
+        )
         home = Path(checkpoint).resolve().parent.parent
         run_dir = run_dir or str(home)
-        same = Path(run_dir).resolve() == home
-        require(same, f"--resume {checkpoint} is of another run than --run-dir {run_dir}")
+        require(
+            Path(run_dir).resolve() == home,
+            f"--resume {checkpoint} is of another run than --run-dir {run_dir}",
+        )
     require(run_dir, "--resume latest needs --run-dir, the run to go on with")
-    path = Path(run_dir) / "run.json"
+    path = Path(run_dir, "run.json")
     require(path.is_file(), f"--run-dir {run_dir}: no run there to resume")
     run_info = json.loads(path.read_text())
     require(
@@ -2066,9 +2032,8 @@ def resumed_flags(cli_args):
             cli_args.get(name, flags[name]) == flags[name],
             f"{flag(name)} was {flags[name]} when the run began and cannot change on --resume",
         )
-    no_reference = flags["sft_steps"] and not flags["kl_coef"]
     require(
-        not (no_reference and cli_args.get("kl_coef")),
+        not cli_args.get("kl_coef") or flags["kl_coef"] or not flags["sft_steps"],
         "--kl-coef was 0 when the run began, which therefore kept no reference model: it cannot "
         "change on --resume",
     )
@@ -2077,7 +2042,6 @@ def resumed_flags(cli_args):
 
 def check_flags(args):
     """Refuse flags that cannot work together."""
-    compilers = torch.compiler.list_backends(exclude_tags=())
     global_term = copo.BLENDS[args.blend].has_global_term()
     rules = [
         (
@@ -2107,14 +2071,6 @@ def check_flags(args):
             "--placebo deals out the verdicts of all groups, --dynamic-sampling drops groups by "
             "their verdicts: leave one of them out",
         ),
-        (
-            not args.compile or args.compile in compilers,
-            "--compile {compile}: no such backend of torch.compile",
-        ),
-        (
-            args.device == "cpu" or args.plan or torch.cuda.is_available(),
-            "--device cuda: PyTorch sees no such device",
-        ),
     ]
     for holds, message in rules:
         require(holds, message.format(**vars(args)))
@@ -2124,7 +2080,6 @@ def check_flags(args):
 def check_idle_flags(args, cli_args):
     """Refuse flags of the command line that change nothing: a mistake in an ablation."""
     blend = copo.BLENDS[args.blend]
-    evaluation = "eval_every eval_samples eval_problems eval_temperature"
     idle = [
         (
             not blend.has_global_term(),
@@ -2141,11 +2096,15 @@ def check_idle_flags(args, cli_args):
         (args.overlong_factor == 0, "overlong_buffer", "--overlong-factor is 0"),
         (not args.dynamic_sampling, "max_rounds", "--dynamic-sampling is off"),
         (args.sft_steps == 0, "sft_lr sft_batch", "--sft-steps is 0"),
-        (not args.eval_data, evaluation, "there is no --eval-data"),
+        (
+            not args.eval_data,
+            "eval_every eval_samples eval_problems eval_temperature",
+            "there is no --eval-data",
+        ),
         (
             not is_sharded(args, args.plan),
-            "free_sampler defer_gradient_sync",
-            "one process in full precision samples with what it trains",
+            "defer_gradient_sync",
+            "one process in full precision has its gradients whole",
         ),
     ]
     for applies, names, reason in idle:
@@ -2163,18 +2122,15 @@ def run_until_end(run):
     Signals, full disks and updates that are not finite end in one line that says how to go on.
     """
     resume = f"--run-dir {shlex.quote(str(run.directory))} --resume latest"
-    loaded = False  # until then, what run.json says of the last ending stays
     try:
         load_state(run)
-        loaded = True
         train(run)
         record_ending(run, "finished")
         return None
     except Interrupted as signal_name:
-        name = str(signal_name)
         path = save_checkpoint(run)
-        record_ending(run, "stopped", name)
-        print0(f"stopped by {name}; saved {path}. To go on: python train.py {resume}")
+        record_ending(run, "stopped", str(signal_name))
+        print0(f"stopped by {signal_name}; saved {path}. To go on: python train.py {resume}")
         return None
     except KeyboardInterrupt:
         record_ending(run, "stopped")
@@ -2184,8 +2140,7 @@ def run_until_end(run):
         return 130
     except Exception as error:
         line = " ".join(str(error).split())
-        if loaded:
-            record_ending(run, "failed", f"{type(error).__name__}: {line}")
+        record_ending(run, "failed", f"{type(error).__name__}: {line}")
         if isinstance(error, OSError) or "not finite" in line:
             return (
                 f"train.py: after step {run.state.step}: {line}; {resume} goes back to the last "
@@ -2197,7 +2152,7 @@ def run_until_end(run):
 
 
 def record_ending(run, how, why=""):
-    if run.run_info:
+    if run.run_info:  # before load_state() is done, what run.json says of the last ending stays
         with contextlib.suppress(OSError):  # a full disk, for one, of which the run may have failed
             write_run_info(run, ended={"how": how, "step": run.state.step, "why": why})
 
@@ -2216,6 +2171,8 @@ def main(argv=None):
         args = all_gather(args)[0]
         run = on_all_ranks(lambda: setup(args))
         drop_unearnable_problems(run)
+        if args.sft_steps:
+            on_all_ranks(lambda: encode_demonstrations(run))
         create_run_dir(run)
     except (ValueError, OSError) as error:
         exit_with_error("train.py", error)

@@ -37,7 +37,6 @@ NOT_A_CONFIGURATION = {
     "device",
     "export_dtype",
     "export_every",
-    "free_sampler",
     "keep",
     "micro_tokens",
     "plan",
@@ -53,8 +52,14 @@ NOT_A_CONFIGURATION = {
     "verifier_timeout",
     "verifier_workers",
 }
-# Flags of run.json's format 1 that format 2 no longer has
-FORMER_FLAGS = {"eval_seed", "max_bad_updates", "rollout_memory", "samples_every"}
+# Flags that older runs have and train.py no longer has
+FORMER_FLAGS = {
+    "eval_seed",
+    "free_sampler",
+    "max_bad_updates",
+    "rollout_memory",
+    "samples_every",
+}
 # Flags that older runs lack, with what those runs did
 LATER_FLAGS = {
     "kl_estimator": "k3",

@@ -112,15 +112,11 @@ def main():
             (4, {}),
             (1, {"dtype": "bfloat16"}),
             (4, {"dtype": "bfloat16"}),
-            (4, {"free_sampler": True}),
             (2, {"activation_checkpointing": True}),
         ]:
             flags = {**FLAGS, "model": big, **more}
             held, peak = measure(runs, ranks, flags)
-            args = train.parse_args(
-                runs.argv({**flags, "free_sampler": None}, run_dir=Path(folder) / "none")
-            )
-            args.free_sampler = more.get("free_sampler", False)
+            args = train.parse_args(runs.argv(flags, run_dir=Path(folder) / "none"))
             plan = train.memory_plan(train.Config.parse(BIG), args, ranks)
             sizes = " | ".join(
                 f"{held[name]:.3f}" for name in ("masters", "gradients", "optimiser")

@@ -132,7 +132,6 @@ def make_run(args, model, tokenizer, prompts):
         stop_ids=[],
         problems=[],
         prompts=prompts,
-        solutions={},
         held_out=[],
         held_out_prompts=[],
         verifier=None,

@@ -298,7 +298,7 @@ def test_prompt_and_response_must_fit_the_model(capsys, loaded, checkpoint, tmp_
     length = len(encode_prompt(loaded[1], "1+1", None, ""))
     run(capsys, checkpoint, data, "--k", 1, "--max-new-tokens", 48 - length)
     arguments = ["--model", checkpoint, "--data", data, *FLAGS, "--max-new-tokens", 49 - length]
-    words = f"data row 8: {length} prompt tokens and {49 - length} new ones exceed the model's 48"
+    words = "data row 8: prompt and response of 49 tokens exceed the model's positions (48)"
     assert words in refused(capsys, arguments)
 
 
@@ -422,7 +422,7 @@ def refused(capsys, arguments):
         (["--device", "tpu"], "--device: invalid choice"),
         (["--dtype", "float16"], "--dtype: invalid choice"),
         (["--temp", 1], "--temp"),  # no guessing at half a flag
-        (["--max-new-tokens", 100], "exceed the model's 48 positions"),
+        (["--max-new-tokens", 100], "exceed the model's positions (48)"),
     ],
 )
 def test_wrong_flags_end_in_one_line(capsys, checkpoint, data, tmp_path, flags, words):

@@ -735,7 +735,7 @@ def test_generate_rollout(tmp_path):
     assert torch.equal(other.tokens[:4, :, :5], rollout.tokens[:4, :, :5])
     assert not torch.equal(other.tokens[4, :, :5], rollout.tokens[4, :, :5])
     problems = [Problem("", "", 33)]
-    with pytest.raises(ValueError, match="data row 33: 2 prompt tokens and 299 new ones exceed"):
+    with pytest.raises(ValueError, match="data row 33: prompt and response of 301 tokens exceed"):
         generate_rollout(model, tokenizer, LengthGrader(), problems, [[1, 2]], 2, 299)
 
 

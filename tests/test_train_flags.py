@@ -141,7 +141,6 @@ SAME_NUMBERS = {
     "device": ("auto", "device of the weights"),
     "activation_checkpointing": (True, "runs of a layer"),
     "cpu_offload": (True, "place of the masters"),
-    "free_sampler": (True, "size of the copy during updates"),
     "old_logprobs": ("recompute", "calls of compute_logprobs"),
     "compile": ("eager", "backend of the layers"),
     "defer_gradient_sync": (True, "exchanges of an update"),  # test_train_ranks.py
@@ -258,17 +257,32 @@ def test_offloaded_masters_change_no_number(runs, monkeypatch):
         assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
 
 
-def test_a_freed_sampler_comes_back_for_every_rollout(runs, monkeypatch):
-    sizes, inner = [], train.update_policy
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_the_copy_that_samples_is_gone_in_updates_and_new_for_every_rollout(
+    runs, monkeypatch, dtype
+):
+    """Its memory is what an update may need. Without a copy the weights stay, of course."""
+    sizes, synced = [], []
+    update, sample = train.update_policy, train.generate_rollout
 
     def watched(run, *rest):
         sizes.append(sum(p.numel() for p in run.sampler.parameters()))
-        return inner(run, *rest)
+        return update(run, *rest)
+
+    def sampling(network, *rest, **more):
+        synced.append({name: p.clone() for name, p in network.named_parameters()})
+        return sample(network, *rest, **more)
 
     monkeypatch.setattr(train, "update_policy", watched)
-    base, other = runs.new(dtype="bfloat16"), runs.new(dtype="bfloat16", free_sampler=True)
-    assert sizes[0] > 0 and sizes[2:] == [0, 0]
-    assert tiny_runs.difference(other, base) is None
+    monkeypatch.setattr(train, "generate_rollout", sampling)
+    directory = runs.new(dtype=dtype, steps=3, export_every=1, eval_every=0)
+    rollouts = synced[1:-1]  # between the first and the last evaluation
+    assert len(sizes) == 3 == len(rollouts) and (sum(sizes) == 0) == (dtype == "bfloat16")
+    for step in (1, 2):
+        path = directory / f"model-{step:06d}"
+        export = train.Transformer.from_pretrained(path, dtype=getattr(torch, dtype))
+        for name, weight in export.named_parameters():
+            assert torch.allclose(rollouts[step][name], weight, rtol=1e-6, atol=0)
 
 
 def test_old_logprobs_come_from_where_the_flag_says(runs, monkeypatch):
@@ -495,13 +509,14 @@ def test_plan_counts_by_hand(tmp_path, capsys):
     assert plan["sampler"] == 14.19  # two bytes each, whole on every rank
     # 256 rows of 3,072 tokens; 28 layers of 4 key and 4 value heads of 128 numbers of two bytes
     assert plan["kv cache"] == round(256 * 3072 * 28 * 8 * 128 * 2 / 2**30, 2)
-    assert plan["exact"] == pytest.approx(3.55 + 3.55 + 7.09 + 14.19, abs=0.02)
+    # An update has gradients and no copy that samples, a rollout the copy and no gradients.
+    assert plan["exact"] == pytest.approx(3.55 + 7.09 + 14.19, abs=0.02)
     assert plan["total"] > plan["exact"]
     # the mask of bfloat16, and 16 bytes for each id of a row's logits
     assert plan["decoding"] == round(256 * (3072 * 2 + 16 * 152064) / 2**30, 2)
     assert plan["logits"] == round(3 * 4 * train.CHUNK_LOGITS["cuda"] / 2**30, 2)
     # which one process would refuse
-    train.main(["--model", str(tmp_path), "--plan", "2", "--free-sampler"])
+    train.main(["--model", str(tmp_path), "--plan", "2", "--defer-gradient-sync"])
     assert "each of 2 ranks" in capsys.readouterr().out
     alone = train.memory_plan(
         train.Config.parse(QWEN_7B),
@@ -514,7 +529,6 @@ def test_plan_counts_by_hand(tmp_path, capsys):
                 "--dtype",
                 "bfloat16",
                 "--cpu-offload",
-                "--free-sampler",
             ]
         ),
         1,
@@ -575,10 +589,13 @@ def test_presets_and_sizes_lie_below_what_is_typed(runs):
 
 
 REFUSALS = {
-    "no such compiler": ({"compile": "gcc"}, "--compile gcc"),
+    "no such compiler": ({"compile": "gcc"}, "--compile: invalid choice: 'gcc'"),
     "an unknown estimator": ({"kl_coef": 0.1, "kl_estimator": "k4"}, "k4"),
     "estimator without KL": ({"kl_estimator": "k2"}, "--kl-estimator has no effect"),
-    "nothing to free": ({"free_sampler": True}, "--free-sampler has no effect"),
+    "nothing to defer": (
+        {"defer_gradient_sync": True},
+        "--defer-gradient-sync has no effect",
+    ),
     "an unknown flag": ({"run_dir": "RUN", "colour": 3}, "--colour"),
     "an unknown blend": ({"blend": "softest"}, "softest"),
     "an unknown preset": ({"algo": "ppo"}, "ppo"),

@@ -65,7 +65,6 @@ def make_run(dtype=torch.float64, **changes):
         stop_ids=[0],
         problems=[],
         prompts=[],
-        solutions={},
         held_out=[],
         held_out_prompts=[],
         verifier=None,
