@@ -97,7 +97,7 @@ LEARNING_RATES = {
 COMMON_RATE = "2e-4"  # of all others, except for
 RATE_OF = {"copo-group-γ20ρ1.5": "copo-group", "copo-forced-0.3": "copo-forced", "placebo": "grpo"}
 # The best rule beside grpo, copo and copo-forced, by mean area on the hard mix, seeds 0 to 2.
-BEST_OTHER = "ngrpo"
+BEST_OTHER = "ebpo"
 NOT_OTHER = ("grpo", "copo", "copo-forced", "copo-forced-0.3", "placebo")
 ON_SMOLLM2 = ("grpo", "copo-forced", "copo-forced-0.3", "ngrpo")
 
