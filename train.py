@@ -1954,6 +1954,9 @@ def parse_args(argv):
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         resume_after_restart(cli_args)
     resumed = resumed_flags(cli_args) if "resume" in cli_args else {}
+    gone = [flag(name) for name in sorted(resumed.keys() - defaults.keys()) if resumed[name]]
+    if gone:
+        print0(f"WARNING the run began with {', '.join(gone)}, which this code no longer has")
     model = (resumed | cli_args).get("model")
     values = defaults | (PAPER_SIZES if model else DEMO_SIZES)
     values |= dataclasses.asdict(copo.PRESETS[defaults["algo"]])

@@ -243,6 +243,19 @@ def test_resume_takes_the_flags_of_the_run_and_says_what_changed(runs, capsys):
     assert "--lr" not in said and "WARNING --blend was soft-zero and is now local" in said
 
 
+def test_resume_says_which_flags_are_gone(runs, capsys):
+    """A run of 10 % of the data would have gone on with all of it, without a word."""
+    directory = runs.new(steps=1)
+    info = json.loads((directory / "run.json").read_text())
+    info["flags"] |= {"data_fraction": 0.1, "free_sampler": False}
+    (directory / "run.json").write_text(json.dumps(info))
+    capsys.readouterr()
+    resume(directory, "--steps", 2)
+    printed = capsys.readouterr().out
+    assert "WARNING the run began with --data-fraction, which this code no longer has" in printed
+    assert "free-sampler" not in printed
+
+
 def test_resume_from_an_earlier_checkpoint_forgets_the_later_ones(runs):
     directory = runs.new(**FLAGS | {"keep": 9, "eval_every": 2})
     train.main(["--resume", str(directory / "checkpoints/step-000002"), "--lr", "0.02"])
