@@ -29,13 +29,11 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import queue
-import random
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 import unicodedata
 import warnings
 import zlib
@@ -57,7 +55,7 @@ MAX_DEPTH = 40  # of the parser's recursion
 MAX_STEPS = 5_000  # of the parser, which may read a token more than once
 MAX_LEAVES = 64  # values of a list, set or matrix (comparing two takes the square of it)
 MAX_BITS = 40_000  # of a number that is computed exactly (2004! has 19,000)
-MAX_WORK = 40_000  # of one numeric evaluation, see value_at; below 0.1 s
+MAX_WORK = 2_400_000  # of one numeric evaluation, see value_at; below 0.1 s
 MAX_MAGNITUDE = 1 << 17  # bits before the point in numeric evaluation
 
 
@@ -98,8 +96,11 @@ def same_text(problem: str) -> str:
     return " ".join(problem.casefold().split())
 
 
-def download(path):
-    """The local copy of hf://datasets/OWNER/NAME[@REVISION]/FILE, which huggingface_hub keeps."""
+def local_file(path):
+    """The path itself, or the local copy of hf://datasets/OWNER/NAME[@REVISION]/FILE, which
+    huggingface_hub keeps."""
+    if not path.startswith("hf://"):
+        return path
     place = HUB_FILE.fullmatch(path)
     if not place:
         raise ValueError(f"{path}: a file on the Hub is written hf://datasets/OWNER/NAME/FILE")
@@ -114,8 +115,7 @@ def download(path):
 
 def fingerprint(path):
     """Size and SHA-256 of a file; of weights, the SHA-256 of their names and shapes only."""
-    if path.startswith("hf://"):
-        path = download(path)
+    path = local_file(path)
     with open(path, "rb") as file:
         if path.endswith(".safetensors"):
             header = int.from_bytes(file.read(8), "little")  # bytes
@@ -132,10 +132,10 @@ def read_jsonl(path, file):
                 text = line.decode("utf-8-sig")  # -sig: a byte order mark is no part of it
                 if text.strip():
                     yield row, json.loads(text)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{row + 1}: not UTF-8 text ({error})") from None
-            except ValueError as error:
-                message = f"{path}:{row + 1}: not JSON ({error}); write one object a line"
+            except ValueError as error:  # of the encoding, too
+                message = (
+                    f"{path}:{row + 1}: not UTF-8 text or not JSON ({error}); write one a line"
+                )
                 raise ValueError(message) from None
 
 
@@ -154,8 +154,8 @@ def read_parquet(path, file):
 
 def read_rows(path):
     """(0-based number, object) of each line of a JSONL file or each row of a .parquet file."""
-    file = download(str(path)) if str(path).startswith("hf://") else path
-    if str(file).endswith(".parquet"):
+    file = local_file(str(path))
+    if file.endswith(".parquet"):
         return read_parquet(path, file)
     return read_jsonl(path, file)
 
@@ -227,10 +227,8 @@ def read_problem(line, row, shape, place):
     return Problem(row, problem, answer, solution, require_value, conversation)
 
 
-def load_problems(
-    path, dropped: Counter | None = None, shapes=SHAPES, fraction=1.0, seed=0
-) -> list[Problem]:
-    """The problems of a file in one of `shapes`, or the part `fraction` that `seed` draws of them.
+def load_problems(path, dropped: Counter | None = None, shapes=SHAPES) -> list[Problem]:
+    """The problems of a file in one of `shapes`.
 
     Malformed lines are refused by file and line. Counted in `dropped` by reason: answers that are
     empty or over the checker's limits, which no response could earn, and repeated problems."""
@@ -257,20 +255,7 @@ def load_problems(
         else:
             answers[text] = problem.answer
             problems.append(problem._replace(answer=answer))
-    if fraction < 1:
-        kept = draw_part(problems, fraction, seed)
-        dropped[f"not in the part of {fraction:g}"] += len(problems) - len(kept)
-        problems = kept
     return problems
-
-
-def draw_part(problems, fraction, seed):
-    """Each problem gets a random key and the smallest keys are in: a larger part of the same seed
-    holds each smaller one."""
-    draw = random.Random(seed)
-    keys = [draw.random() for _ in problems]
-    order = sorted(range(len(problems)), key=keys.__getitem__)
-    return [problems[i] for i in sorted(order[: round(fraction * len(problems))])]
 
 
 # -- find the answer in a response -----------------------------------------------------------------
@@ -343,7 +328,7 @@ def after_thinking(text, in_thought=False):
     return text[closed + len("</think>") :] if closed >= 0 else text
 
 
-def find_boxes(text: str) -> list[Piece]:
+def find_boxes(text):
     r"""Every complete outermost box: those of 2 and 3 in "\boxed{\frac12}, \boxed 3, \boxed{4"."""
     boxes = []
     opened = []  # a box's start and content's start; None: a brace
@@ -417,8 +402,7 @@ def from_clause(pattern, text):
         number = numbers[0] if numbers[0].start() == 0 else numbers[-1]
         before = sentence[max(0, number.start() - 40) : number.start()]
         hedged = HEDGE.search(before) and not before.rstrip(" $").endswith("=")
-        hedged = hedged or CONTINUED.match(sentence, number.end())
-        return sentence if hedged else number[0]
+        return sentence if hedged or CONTINUED.match(sentence, number.end()) else number[0]
     return sentence if 0 < len(sentence.split()) <= 5 else None
 
 
@@ -434,7 +418,7 @@ def from_letter(text):
     match = last_match(LETTER, text)
     if not match or re.search(r"[\d$]", text[match.end() :]):
         return None
-    return match[1] or match[2]
+    return match[match.lastindex]
 
 
 def from_formula(text):
@@ -503,7 +487,7 @@ class Found(NamedTuple):
     rule: str
 
 
-def find_answer(text: str, in_thought: bool = False) -> Found:
+def find_answer(text, in_thought=False):
     """The answer by the first rule that finds one. A sentence in a box is read by INNER_RULES."""
     reply = after_thinking(text, in_thought) if isinstance(text, str) else None
     if not reply:
@@ -511,18 +495,15 @@ def find_answer(text: str, in_thought: bool = False) -> Found:
     reply = SPECIAL.sub("\n", reply[-MAX_RESPONSE:])
     for name, rule in RULES.items():
         answer = rule(reply)
-        if not answer:
-            continue
-        if name == "box" and not is_readable(answer):
+        if name == "box" and answer and not is_readable(answer):
             label = RULES["label"](reply[find_boxes(reply)[-1].end :])
-            if label and re.fullmatch(
-                r"\(?[A-J]\)?", label
-            ):  # a statement in a box, then "Answer: D"
+            if label and re.fullmatch(r"\(?[A-J]\)?", label):  # a statement, then "Answer: D"
                 return Found(label, "label")
             if parse(answer).value is None:  # perhaps a sentence
                 inner = (RULES[other](answer) for other in INNER_RULES)
                 answer = next(filter(None, inner), answer)
-        return Found(answer, name)
+        if answer:
+            return Found(answer, name)
     return Found(None, "none")
 
 
@@ -532,7 +513,8 @@ def extract_answer(text: str, in_thought: bool = False) -> str | None:
     return find_answer(text, in_thought).answer
 
 
-def reference_answer(text: str) -> str:
+@lru_cache(maxsize=512)
+def reference_answer(text):
     """The answer in a reference, which may be bare, in dollars, boxed, or a whole solution that
     ends in #### or "the final answer is"."""
     for rule in ("box", "hashes", "final"):
@@ -543,24 +525,46 @@ def reference_answer(text: str) -> str:
 
 
 # -- normalise -------------------------------------------------------------------------------------
-GREEK = str.split(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
-    "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega Pi"
-)
-
-
-def greek_letter(name):
-    """The letter of a LaTeX name: "alpha" -> "α"."""
-    size = "SMALL" if name.islower() else "CAPITAL"
-    return unicodedata.lookup(f"GREEK {size} LETTER {name.upper().replace('LAMB', 'LAM')}")
-
-
 def read_table(text):
     """Lines of our spelling and those of others -> {each of the others: ours}."""
     lines = map(str.split, text.strip().splitlines())
     return {spelling: ours for ours, *spellings in lines for spelling in spellings}
 
 
+GREEK = read_table("""
+alpha α
+beta β
+gamma γ
+delta δ
+epsilon ε
+zeta ζ
+eta η
+theta θ
+iota ι
+kappa κ
+lambda λ
+mu μ
+nu ν
+xi ξ
+rho ρ
+sigma σ
+tau τ
+upsilon υ
+phi φ
+chi χ
+psi ψ
+omega ω
+Gamma Γ
+Delta Δ
+Theta Θ
+Lambda Λ
+Xi Ξ
+Sigma Σ
+Phi Φ
+Psi Ψ
+Omega Ω
+Pi Π
+""")
 # Our spelling of each sign. Words get a space on both sides.
 SIGNS = {
     **read_table(r"""
@@ -591,13 +595,12 @@ cents ¢
 \mathbb{N} ℕ
 \pm ±
 \angle ∠
-\equiv ≡
 \lfloor ⌊
 \rfloor ⌋
 \lceil ⌈
 \rceil ⌉
 """),
-    **{greek_letter(name): f"\\{name}" for name in GREEK},
+    **{letter: f"\\{name}" for letter, name in GREEK.items()},
     **{sign: unicodedata.normalize("NFKC", sign) for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
 }
 SIGNS = str.maketrans(
@@ -613,7 +616,6 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 SPACED_THOUSANDS = re.compile(
     r"(?<![\d.])\d{1,3}(?:(?:\\[,;:! ]\s?|\{,\}|,\\!\s?|[ \u00a0\u202f])\d{3})+(?!\d)"
 )
-EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3}){2,}|-?\d{1,3}(?:\.\d{3})+,\d+")
 TEXT = re.compile(
     r"\\(?:text|mbox|hbox|mathrm|mathsf|mathbf|operatorname)(?:bf|it|rm|normal|tt)?\s*\{([^{}]*)\}"
 )
@@ -629,6 +631,17 @@ REWRITES = r"""
 (?<=[\d})a-z])\s*\((?:when|at|since|because|where|as|by|double root)\b.*\)\s*\}?\s*$ ==>
 (?<=[\d})])\s*,?\s*\\text\{\s*,?\s*(?:attained |achieved )?(?:when|at)\b[^{}]*\}.*=.*$ ==>
 (?<=\d)\s*(?:\\ )?\([a-z]\s*=[^()]*\)$ ==>
+# \frac12; m\angle A; \overline{AB}; Ann is 5; lg
+(\\[dtc]?frac|\\[dt]?binom)\s*(\d)\s*(\d)(?!\d) ==> \1{\2}{\3}
+\bm\s*(?=\\angle) ==>
+\\(?:overline|widehat)\s*\{\s*([A-Z]{2,3})\s*\} ==> \1
+^([^,=\d]*)\b(?:is|are)\s*(\}?)\s*(?=[-\d.(]|\\(?:frac|sqrt|pi)) ==> \1\2=
+\bbinomial\(([^(),]+),([^(),]+)\) ==> \\binom{\1}{\2}
+\blog\(([^(),]+),([^(),]+)\) ==> \\log_{\2}(\1)
+\\?\blg\b ==> \\log_{10}
+# twenty-one
+(?i)\b((?:twen|thir|for|fif|six|seven|eigh|nine)ty)[- ](one|two|three|four|five|six)\b ==> (\1+\2)
+(?i)\b((?:twen|thir|for|fif|six|seven|eigh|nine)ty)[- ](seven|eight|nine)\b ==> (\1+\2)
 # dots; 0.333... and 0.1(6) repeat, 3.14159... is rounded
 (\.\s?){3,} ==> \\ldots
 (?<=[.\d])(\d)\1{1,30}\s?\\[cl]?dots ==> \\overline{\1}
@@ -642,16 +655,29 @@ REWRITES = r"""
 \\mathbb\s*\{?\s*R\s*\}?|(?i:\ball real numbers\b) ==> ℝ
 (?:\\text\{\s*)?ℝ,?\s*except\s*(?:for)?\s*\}?\s*(?:[a-z]\s*=)?\s*([^{}]+)$ ==> ℝ\\setminus\\{\1\\}
 ℝ\s*-\s*(?=\\\{) ==> ℝ\\setminus
+(?i:\bis congruent to\b)|\\equiv\b ==> ≡
+# a variable that is real; {x | x > 0}
+[,;]\s*[a-z]\s*(?:\\in|∈)\s*ℝ\s*$ ==>
+(\\\{\s*[a-z])\s*(?:\\in|∈)\s*ℝ(?=\s*(?:[|:]|\\mid|\\colon)) ==> \1
+\\(?:mid|colon)\b(?=.*\\\}) ==> :
+(\\\{\s*(?![\s|])(?:[^|:\\]|\\[^{}])+?)[|:](?=.*(?:[<>=∈≡]|\\(?:in|[lg]eq?|neq?)\b)) ==> \1∣
+# (mod 7); x ≡ 1, 3 (mod 8)
+\\text\s*\{\s*\(\s*mod\s*([^(){}]*)\)\s*\} ==> \\mod{\1}
+(?:\\text\s*\{\s*)?\(\s*(?:\\text\s*\{\s*)?\\?[bp]?mod(?:ulo)?\b\s*\}?\s*([^()]+)\) ==> \\mod{\1}
+(\w ?≡)(\s*-?\d+)\s*(?:,|(?:\\text\{ ?)?(?:or|and) ?\}?)(?=[^≡]*(\\[bp]?mod\b.*)$) ==> \1\2\3, \1
+(\w ?≡)(\s*-?\d+)\s*(?:,|(?:\\text\{ ?)?(?:or|and) ?\}?)(?=[^≡]*(\\[bp]?mod\b.*)$) ==> \1\2\3, \1
 # 1.5 x 10^3, (0,1) U (2,3), x in (0,1), log2(8), option B, 3 square feet, 10:45 a.m.
 (?<=\d)\s*[xX]\s*(?=10\s?\^) ==> *
 (?<=[)\]}])\s*U\s*(?=[(\[\\]) ==> \\cup
 (?<!\\)\bin\b(?=\s*[(\[{\\]) ==> ∈
 \blog(\d+)\( ==> log_{\1}(
 (?i:^\W{0,3}(?:option|choice)\s+)(?=\W?[A-J]\W?$) ==>
-\b(?:square|sq\.?) ([A-Za-z]+) ==> \1^2
+\b(?:square|sq\.?) ([A-Za-z]+) ==> "\1"^2
 (?i:\b([ap])\.m\b\.?) ==> \1m
 # 3{:}45, 1{.}234, {10 \choose 3}, x^2_1, \color{red}
 \{\s*([:.])\s*\} ==> \1
+^\s*(-?\d{1,3})\.(\d{3})\.(\d{3})(?:\.(\d{3}))?\s*$ ==> \1\2\3\4
+^\s*(-?\d{1,3})\.(\d{3})(?:\.(\d{3}))?,(\d+)\s*$ ==> \1\2\3.\4
 (?:\{\s*\})?[_^]\s*\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}? ==> \\binom{\1}{\2}
 \{\s*([^{}\\]+)\\choose\b\s*([^{}\\]+)\} ==> \\binom{\1}{\2}
 ([A-Za-z])\^(\w|\{[^{}]*\})\s*_(\w|\{[^{}]*\}) ==> \1_\3^\2
@@ -659,6 +685,9 @@ REWRITES = r"""
 # rows: \left\{ that \right. closes; a comma or point at the end
 \\left\s*\\\{\s*(?=\\begin) ==>
 [.,;]\s*(?=\\\\(?!\w)|\\end\b|&) ==>
+\\\\\s*(?=\\end\b) ==>
+&\s*(?=[<>=~≡]|\\(?:[lg]eq?|neq?|approx)\b) ==>
+([<>=~≡]|\\(?:[lg]eq?|neq?|approx)\b)\s*& ==> \1
 # (1010)_2, 1010_{(2)}, 1010_{\text{two}}, 1010 (base 2)
 \((\d\w*)\)\s*_ ==> \1_
 _\{\(?(\d+)\)?\} ==> _{\1}
@@ -670,15 +699,23 @@ _\{?eight\}? ==> _8
 _\{?ten\}? ==> _{10}
 # 3 to 4; is congruent to; 14 March; two-thirds; bold unit vectors; ohms; constants of Maxima
 ^(\W{0,9}\d+)\s*(?:\\text\{)?\s*(?:is )?to\s*\}?\s*(\d+\W{0,3})$ ==> \1:\2
-(?i:\bis congruent to\b) ==> \\equiv
 \b(\d\d?)(?:st|nd|rd|th)?(?: of)? ((?:Jan|Febr)uary|March|April|May|June|July|August)\b ==> \2 \1
 \b(\d\d?)(?:st|nd|rd|th)?(?: of)? ((?:Septem|Octo|Novem|Decem)ber)\b ==> \2 \1
 ((?:uary|March|April|May|June|July|August|ber)) (\d\d?)(?:st|nd|rd|th)\b ==> \1 \2
 (?i)\b(one|two|three|four|five|six|seven)-(\w*(?:ths?|thirds?|half|halves|quarters?))\b ==> \1 \2
 \\(?:mathbf|hat|vec|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}? ==> \1_{unit}
+^\s*([^_,]*)i_\{unit\}\s*\+?([^_,]*)j_\{unit\}\s*\+?([^_,]*)k_\{unit\}\s*$ ==> (\1(1),\2(1),\3(1))
+^\s*([^_,]*)i_\{unit\}\s*\+?([^_,]*)j_\{unit\}\s*$ ==> (\1(1),\2(1))
 (?<=\d)(?:\\[,;: ]|[\s~])*\\(?:Omega|ohm)\b ==> "ohm"
 \\frac\{\\(?:text|mathrm)\{(\w+)\}\}\{\\(?:text|mathrm)\{(\w+)\}\} ==> \\text{\1/\2}
+# units of one letter: 5\ \mathrm N, 5\,\mathrm{N\cdot m}
+(?<=[\d})°])(?:\\[,;:! ]|[\s~])*\\(?:text|mathrm|rm)\s*\{?\s*([NJWVACFKT])(?![\w.]) ==> \\text{"\1"
+(\\text\{"\w")(?=\s*(?:[^\s}\\*/]|\\[^c]|$)) ==> \1}
 %(?=pi\b|[ei]\b) ==>
+# 5 squared
+(?i)\\text\s*\{\s*squared\s*\}|\bsquared\b ==> ^2
+(?i)\\text\s*\{\s*cubed\s*\}|\bcubed\b ==> ^3
+(?i)\\text\s*\{\s*factorial\s*\}|\bfactorial\b ==> !
 # families: where k ∈ ℤ; k is an integer; (k ∈ ℤ)
 [,;]?\s*(?:\\text\s*\{\s*)?,?\s*(?:where|for|with)\b\s*\}?(?=\s*[a-z]\s*(?:\\in\b|\\text|is)) ==> ,
 [,;]?\s*(?:\\text\s*\{\s*)?,?\s*for (?:all|any|some)\b\s*\}?(?=\s*[a-z]\s*\\in\b) ==> ,
@@ -696,23 +733,11 @@ REWRITES = [
 def quote_words(match):
     r"""\text{ square cm} -> "square" "cm"; a single letter (\text{C}) stays mathematics unless it
     is a unit."""
-    return " " + re.sub(r"[A-Za-z]{2,}|[mgshL]|\ba(?= [a-z]{2})", r'"\g<0>"', match[1]) + " "
+    word = r'(?<![A-Za-z\\"])(?:[A-Za-z]{2,}|[mgshL](?![A-Za-z])|a(?= [a-z]{2}))'
+    return " " + re.sub(word, r'"\g<0>"', match[1]) + " "
 
 
-# A unit behind a number: 5\ \mathrm{N}, 12\,\text{kg\cdot m/s}.
-UNIT_TEXT = re.compile(
-    r"(?<=[\d})°])(?:\\[,;:! ]|[\s~])*\\(?:text|mbox|mathrm|textrm|operatorname|rm)\s*"
-    r"(?:\{([^{}]*)\}|([A-Za-z])\b)"
-)
-
-
-def quote_unit(match):
-    r"""As quote_words, but single letters that are units are quoted, too: "kg" \cdot "m" / "s"."""
-    content = match[1] or match[2] or ""
-    return " " + re.sub(r"(?<!\\)\b(?:[A-Za-z]{2,}|[NJWVACFKTmgshL])\b", r'"\g<0>"', content) + " "
-
-
-def normalise(text: str, thousands: bool = True) -> str:
+def normalise(text, thousands=True):
     r"""Undo what does not change the mathematics: "$1,234.50$." -> "1234.50", "12\,345" -> "12345",
     "3½" -> "3 1/2"."""
     text = RAISED_FRACTION.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
@@ -720,39 +745,28 @@ def normalise(text: str, thousands: bool = True) -> str:
     text = unicodedata.normalize("NFKC", text.translate(SIGNS)).replace("⁄", "/")
     text = text.replace("\u2212", "-").replace(r"\$", ' "dollar" ').replace("$", " ")
     text = re.sub(r"\s+", " ", text)  # one space: the rules below take linear time
-    text = COMPOUND_NUMBER.sub(
-        lambda match: str(int(DIGITS[match[1].lower()]) + int(DIGITS[match[2].lower()])), text
-    )
     for pattern, new in () if SIMPLE.fullmatch(text) else REWRITES:
         text = pattern.sub(new, text)
-    text = UNIT_TEXT.sub(quote_unit, text)
-    text = TEXT.sub(quote_words, text)
+    text = PLAIN_UNIT.sub(r' "\1"', TEXT.sub(quote_words, text))
     text = SPACED_THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = re.sub(r"(?<!\\)\\[,;:!\s]", " ", text).strip().rstrip("\\.,; \n\t")
     # inside brackets a comma separates values
     if thousands and not re.search(r"[(\[]|\\\{|\\lbrace", text):
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    if EUROPEAN.fullmatch(text):
-        text = text.replace(".", "").replace(",", ".")
     return text
 
 
 # -- tokens ----------------------------------------------------------------------------------------
 FUNCTIONS = {  # our name -> sympy's
     "ln": "log",
-    "lg": "log",
     "abs": "Abs",
     "ceil": "ceiling",
-    "arcsin": "asin",
-    "arccos": "acos",
-    "arctan": "atan",
-    "arccot": "acot",
     "sgn": "sign",
-    "cis": "cis",
+    **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "cot")},
     **{
         name: name
         for name in str.split(
-            "sin cos tan cot sec csc sinh cosh tanh asin acos atan log exp sqrt floor binomial"
+            "sin cos tan cot sec csc sinh cosh tanh asin acos atan log exp sqrt floor cis"
         )
     },
 }
@@ -762,7 +776,7 @@ CONSTANTS = {
     "i": sympy.I,
     **dict.fromkeys(("inf", "infinity", "oo"), sympy.oo),
 }
-KNOWN = {*FUNCTIONS, *CONSTANTS, *GREEK}
+KNOWN = {*FUNCTIONS, *CONSTANTS, *GREEK.values()}
 
 
 class Token(NamedTuple):
@@ -780,9 +794,14 @@ TOKEN = re.compile(
     r"|(?P<number>\d*\.\d*\\(?:overline|bar|dot)\{\d+\}"
     r"|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![A-Za-z\d]))?)"
     r"|\\(?P<bracket>(?:begin|end)\{[a-z]+\*?\})(?:\{[lcr| ]*\})?"
-    r'|\\(?P<command>[A-Za-z]+|.)|"(?P<text>[A-Za-z]+)"'
-    r"|(?P<subscript>_\s*(?:[A-Za-z0-9]|\{[A-Za-z0-9,\s]+\}))|(?P<word>[A-Za-z]+)"
-    r"|(?P<op>\*\*|<=|>=|<>|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈≡])",
+    # f(x), f^{-1}(x); P(X=2) and "Var"(X) before an equals sign
+    r"|(?P<call>(?:[fghFGH]'*(?:\^\{?-?\d\}?)?\s?(?=\()|(?:[A-Z]|\"[A-Za-z]+\")\s?(?=\([^=]*(?:=[^=]*)?\)\s*[=~]))"
+    r"\((?:[^()]|\([^()]*\))*\)|[a-z]\([\w\s\\]*\)(?=\s*[=~]))"
+    # a word in quotes, as units are: "m", "kg" \cdot "m" / "s"^2
+    r'|(?P<text>"[A-Za-z]+"(?:\s*(?:[*/]|\\cdot)\s*"?[A-Za-z]+"?|\s*\^\s*\{?-?[123]\}?)*)'
+    r"|\\(?P<command>[A-Za-z]+|.)|(?P<word>[A-Za-z]+)"
+    r"|(?P<subscript>_\s*(?:[A-Za-z0-9]|\\[a-z]+|\{(?:[^{}]|\{[^{}]*\})*\}))"
+    r"|(?P<op>\*\*|<=|>=|<>|!=|==|=<|=>|[-+*/^_=<>!%|(){}\[\],;:&'°ℝ~∈≡∣])",
     re.S,
 )
 
@@ -814,7 +833,6 @@ SPELLINGS = dict.fromkeys(DROPPED, "") | read_table(r"""
 ) rangle
 ° degree
 ∈ in
-≡ equiv
 \mod pmod bmod pod mod modulo
 , land lor
 : colon
@@ -826,42 +844,73 @@ epsilon varepsilon
 inf infty
 \ldots dots cdots dotsc
 """)
-LONG_NAMES = sorted((name for name in KNOWN if len(name) > 1), key=len, reverse=True)
-GLUED = re.compile(rf"({'|'.join(LONG_NAMES)})([A-Za-z]{{1,2}})$")  # sinx, lnx, pir
-NUMBER_WORDS = str.split(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-)
-TENS = str.split("twenty thirty forty fifty sixty seventy eighty ninety")
-DIGITS = {
-    **{word: str(value) for value, word in enumerate(NUMBER_WORDS)},
-    **{word: f"{value}0" for value, word in enumerate(TENS, 2)},
+DIGITS = read_table("""
+0 zero
+1 one
+2 two
+3 three
+4 four
+5 five
+6 six
+7 seven
+8 eight
+9 nine
+10 ten
+11 eleven
+12 twelve
+13 thirteen
+14 fourteen
+15 fifteen
+16 sixteen
+17 seventeen
+18 eighteen
+19 nineteen
+20 twenty
+30 thirty
+40 forty
+50 fifty
+60 sixty
+70 seventy
+80 eighty
+90 ninety
+""")
+KINDS = {"bracket": "op", "mixed": "number", "call": "name"}  # of tokens, where TOKEN has others
+# Words, and what they are whether quoted or not.
+VOCABULARY = {
+    **{word: Token("number", digits) for word, digits in DIGITS.items()},
+    **{word: Token("text", word) for word in str.split("and or yes no not are sum was but since")},
+    **dict.fromkeys(("negative", "minus"), Token("op", "-")),
+    **dict.fromkeys(("mod", "modulo"), Token("op", "\\mod")),
+    **{name: Token("name", name) for name in KNOWN if len(name) > 1},
 }
-COMPOUND_NUMBER = re.compile(rf"\b({'|'.join(TENS)})[- ]({'|'.join(NUMBER_WORDS[1:10])})\b", re.I)
-WORDS = {*str.split("yes no not are sum was but since")}  # no products of letters
-WORD_OPERATORS = {"mod": "\\mod", "modulo": "\\mod", "negative": "-", "minus": "-"}
-MATRICES = ("matrix", "pmatrix", "bmatrix")
-ROWS = str.split("array cases aligned align align* alignat gathered split")
+ENVIRONMENTS = str.split(
+    "matrix pmatrix bmatrix array cases aligned align align* alignat gathered split"
+)
 BRACKETS = {  # each with what may close it
     "(": (")", "]"),
     "[": (")", "]"),
     "{": ("}",),
     "\\{": ("\\}",),
+    "|": ("|",),
     "\\lfloor": ("\\rfloor",),
     "\\lceil": ("\\rceil",),
-    **{f"begin{{{name}}}": (f"end{{{name}}}",) for name in (*MATRICES, *ROWS)},
+    **{f"begin{{{name}}}": (f"end{{{name}}}",) for name in ENVIRONMENTS},
 }
-CLOSING = {*chain.from_iterable(BRACKETS.values())}
+BRACKET_FUNCTIONS = {"|": "abs", "\\lfloor": "floor", "\\lceil": "ceil"}
+SUCH_THAT = "∣"  # the bar of a set {x | x > 0}
 # Operators that begin a value.
-PREFIXES = {*BRACKETS, "\\frac", "\\binom", "\\sum", "\\prod", "\\emptyset"}
-OPERATORS = PREFIXES | CLOSING | {*str.split(r"\cup \setminus \\ \pm \mp \mod")}
+PREFIXES = {*BRACKETS, *str.split(r"\frac \binom \sum \prod \emptyset")}
+OPERATORS = PREFIXES | {
+    *chain.from_iterable(BRACKETS.values()),
+    *str.split(r"\cup \setminus \ldots \\ \pm \mp \mod"),
+}
 UNITS = read_table("""
 cm cm centimeter centimetre
 mm mm millimeter millimetre
 km km kilometer kilometre
 m m meter metre
 ft ft foot feet
-in in inch inche
+in in inch inches
 yd yd yard
 mi mi mile
 kg kg kilogram
@@ -907,21 +956,23 @@ am am
 pm pm
 """)
 VALUE_WORDS = {*str.split("doubled tripled halved less below gross score tens wrong incorrect")}
-UNIT_SIGNS = {*"^/*123{}-"}
+UNITS |= {f"{name}s": unit for name, unit in UNITS.items() if len(name) > 1}
+# A unit that is not in \text{…}.
+PLAIN_UNIT = re.compile(
+    rf"(?<=[\d)}}])\s*({'|'.join(name for name in UNITS if len(name) > 1)})(?![A-Za-z])", re.I
+)
 
 
 def unit_name(word):
-    """The unit that a word spells: "Inches" -> "in"; None for other words."""
-    word = word if word in UNITS else word.lower()
-    singulars = (word, word.removesuffix("s"), word.removesuffix("es"))
-    return next((UNITS[name] for name in singulars if name in UNITS), None)
+    """The unit that a word spells: "Inches" -> "in"; "?" for other words."""
+    return UNITS.get(word) or UNITS.get(word.lower(), "?")
 
 
 class Unparsed(ValueError):
     """Not in our grammar, or beyond the limits: the answer stays text."""
 
 
-def tokenise(text: str) -> list[Token]:
+def tokenise(text):
     r"""LaTeX and plain maths in one spelling: "\dfrac12\cdot xy" -> \frac 1 2 * x y."""
     tokens = []
     position = 0
@@ -934,72 +985,40 @@ def tokenise(text: str) -> list[Token]:
         position = match.end()
         kind = match.lastgroup
         if kind != "space":
-            before = tokens[-1] if tokens else Token("op", "")
-            tokens += read_token(kind, match[kind], before)
+            tokens += read_token(kind, match[kind], tokens[-1:])
     return tokens
 
 
 def read_token(kind, value, before):
-    """The tokens of one match of TOKEN; `before` is the token before it."""
-    if kind == "word":
-        return split_word(value, before)
-    if kind == "text":
-        return [read_quoted(value)]
+    """The tokens of one match of TOKEN; `before` holds the token before it."""
+    if kind in ("word", "text"):
+        word = value.strip('"')
+        known = VOCABULARY.get(word) or VOCABULARY.get(word.lower())
+        if known:
+            return [known]
+    if kind == "word" and len(value) > (1 if before and before[0].kind == "text" else 3):
+        return [Token("text", value)]
+    if kind == "word":  # a product of letters
+        return [Token("name", letter) for letter in value]
     if kind == "command":
         return read_command(value)
-    if kind == "number" and value.isdigit() and before.text == "\\frac":  # \frac12 is 1/2
-        return [Token("number", digit) for digit in value]
-    if kind == "subscript":
-        return [Token(kind, re.sub(r"[\s{}]", "", value))]
-    if kind == "mixed":
-        return [Token("number", value)]
-    if len(value) == 2:  # ** and such
+    if kind in ("text", "call"):
+        value = re.sub(r'["\s{}]', "", value.replace(r"\cdot", "*"))
+    elif kind == "subscript":
+        value = "_" + re.sub(r"^_\s*\{?|\}$|\s", "", value)
+    elif len(value) == 2:  # ** and such
         value = SPELLINGS.get(value, value)
-    return [Token("op" if kind == "bracket" else kind, value)]
-
-
-def read_quoted(word):
-    r"""A word of \text{…}."""
-    if word in DIGITS:
-        return Token("number", DIGITS[word])
-    if word in WORD_OPERATORS:
-        return Token("op", WORD_OPERATORS[word])
-    return Token("name" if word in KNOWN else "text", word)
+    return [Token(KINDS.get(kind, kind), value)]
 
 
 def read_command(name):
     r"""A LaTeX command: \pi is a name, \cdot an operator, \left nothing, \foo unknown."""
-    spelling = SPELLINGS.get(name)
-    if spelling is None:
-        spelling = name if name in KNOWN else f"\\{name}"
+    spelling = SPELLINGS.get(name, name if name in KNOWN else f"\\{name}")
     if spelling in KNOWN:
         return [Token("name", spelling)]
     if spelling[:1] == "\\" and spelling not in OPERATORS:
         return [Token("command", spelling)]
     return [Token("op", spelling)] if spelling else []
-
-
-def split_word(word, before):
-    """A run of letters: a known name, a unit after a number, "sinx", a product of up to three
-    letters, or a word."""
-    if len(word) == 1 or word in KNOWN:
-        return [Token("name", word)]
-    lower = word.lower()
-    if lower in DIGITS:
-        return [Token("number", DIGITS[lower])]
-    if lower in ("and", "or"):
-        return [Token("text", lower)]
-    if lower in WORD_OPERATORS:
-        return [Token("op", WORD_OPERATORS[lower])]
-    after_number = before.kind == "number" or before.text in (")", "}", "/")
-    if before.kind == "text" or lower in WORDS or (after_number and unit_name(word)):
-        return [Token("text", word)]
-    glued = GLUED.match(word)
-    if glued:
-        return [Token("name", part) for part in (glued[1], *glued[2])]
-    if len(word) > 3:
-        return [Token("text", word)]
-    return [Token("name", letter) for letter in word]
 
 
 # -- values, and the arithmetic that builds them ---------------------------------------------------
@@ -1029,13 +1048,12 @@ class Relation(NamedTuple):
     ops: tuple  # "=", "<", "<=", "!=", "∈"; a chain that begins with > is turned round
 
 
-def is_kind(value, *kinds: str):
+def is_kind(value, *kinds):
     return isinstance(value, Seq) and value.kind in kinds
 
 
 def is_rational(value):
-    expr = value.expr if isinstance(value, Leaf) else value
-    return getattr(expr, "is_Rational", False)
+    return isinstance(value, Leaf) and value.expr.is_Rational
 
 
 def bits(value):
@@ -1054,15 +1072,12 @@ def parse_number(text):
         fraction = divide(top, bottom)
         return whole + fraction if fraction < 1 else whole * fraction
     decimal, _, period = text.partition("\\")
-    mantissa, _, exponent = decimal.lower().partition("e")
-    if len(exponent) > 5:
+    if len(decimal.lower().partition("e")[2]) > 5:
         raise Unparsed("exponent too large")
-    value = Rational(f"{mantissa}0" if "." in mantissa else mantissa)
-    if exponent:
-        value *= Integer(10) ** int(exponent)
-    if period:
-        digits = re.sub(r"\D", "", period)
-        places = len(mantissa.partition(".")[2])
+    value = Rational(f"0{decimal}")
+    digits = re.sub(r"\D", "", period)
+    if digits:
+        places = len(decimal.partition(".")[2])
         value += Rational(int(digits), (10 ** len(digits) - 1) * 10**places)
     return value
 
@@ -1149,22 +1164,14 @@ def binomial(n, k):
     return Integer(math.comb(int(n), int(k)))
 
 
-def apply_function(name, *values):
-    """A function by its name: ln x, |x|, floor(7/2) -> 3, binomial(5, 2) -> 10."""
-    name = FUNCTIONS.get(name, name)
-    if len(values) != (2 if name == "binomial" else 1):
-        raise Unparsed(f"{name} of {len(values)} values")
-    if name == "binomial":
-        return binomial(*values)
-    (value,) = values
-    if name == "sqrt":
-        return root(value, Integer(2))
+def apply_function(name, value):
+    """A function of one value by its name: ln x, |x|, floor(7/2) -> 3."""
     if name == "exp":
         return power(sympy.E, value)
     if name == "cis":
         return power(sympy.E, multiply(sympy.I, value))
-    exact = value.is_Rational and name in OF_REALS
-    return getattr(sympy, name)(value, evaluate=exact)
+    function = getattr(sympy, FUNCTIONS[name])
+    return function(value, evaluate=value.is_Rational and function in OF_REALS)
 
 
 def as_expr(value):
@@ -1188,16 +1195,14 @@ TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 RELATIONS = {*TURNED, "=", "~", "!=", "∈", "≡"}
 SEPARATORS = {",", ";", "and", "or"}
 SIGNS_OF_TERMS = ("+", "-", "\\pm", "\\mp")
-SUCH_THAT = "such that"  # stands for the bar of a set {x | x > 0}
 LEVELS = {  # how tightly operators bind
     ":": 0.5,
     **dict.fromkeys(SIGNS_OF_TERMS, 1),
     **dict.fromkeys("*/", 2),
     **dict.fromkeys("^!°", 4),
 }
-WORD_FUNCTIONS = {  # words that change the value of a number before them
-    word: partial(multiply, Rational(factor))
-    for word, factor in read_table("""
+# Words behind a number, and what they multiply it by.
+FACTORS = read_table("""
 100 hundred
 1000 thousand
 1000000 million
@@ -1215,40 +1220,30 @@ WORD_FUNCTIONS = {  # words that change the value of a number before them
 1/10 tenth tenths
 1/100 hundredth hundredths
 1/1000 thousandth thousandths
-""").items()
-}
-WORD_FUNCTIONS |= {
-    "squared": lambda value: power(value, Integer(2)),
-    "cubed": lambda value: power(value, Integer(3)),
-    "factorial": factorial,
-}
+""")
+DEGREE = divide(sympy.pi, Integer(180))
 REAL_LINE = Seq("()", (Leaf(negate(sympy.oo)), Leaf(sympy.oo)))
-NO_SOLUTION = {
-    "no solution",
-    "no solutions",
-    "no real solution",
-    "no real solutions",
-    "none",
-    "empty set",
-}
+FRACTIONS = {"\\frac": divide, "\\binom": binomial}
+SERIES = {"\\sum": add, "\\prod": multiply}
+SETS = {"\\emptyset": Seq("set", ()), "ℝ": REAL_LINE}
+NO_SOLUTION = re.compile("no (?:real )?solutions?|none|empty set")
 
 
 class Parser:
     """Recursive descent over the tokens of one answer: "x = 1, 2" -> Relation(x = 1), Leaf(2)."""
 
     def __init__(self, tokens):
-        tokens = [token for i, token in enumerate(tokens) if not aligns(tokens, i)]
-        self.tokens = [*tokens, *[Token("end", "")] * 3]  # three, for looking ahead
+        self.tokens = [*tokens, Token("end", "")]
         self.at = 0
-        self.partner = find_partners(tokens)
         self.depth = 0
         self.steps = 0
+        self.leaves = 0
         self.sign = 1  # which of the two values of ± is being read
         self.unit = ""  # of the leaf being read
         self.rounded = False  # whether that leaf holds a decimal that is no integer
         self.bars = False  # whether | closes something
+        self.in_function = False  # whether the argument of a function is being read
         self.summed = {}  # summation variables
-        self.bound = []  # variables that may have any name: k in 3k, k ∈ ℤ
 
     @property
     def peek(self):
@@ -1269,100 +1264,67 @@ class Parser:
         self.at += 1
         return self.tokens[self.at - 1]
 
-    def accept(self, *texts: str):
+    def accept(self, *texts):
         """Step over the next token if it is one of these."""
         return self.peek in texts and bool(self.next())
 
-    def expect(self, *texts: str):
-        """Step over these tokens."""
-        for text in texts:
-            if not self.accept(text):
-                raise Unparsed(f"{text} expected, not {self.peek or 'the end'}")
+    def expect(self, *texts):
+        """Step over the next token, which must be one of these."""
+        if not self.accept(*texts):
+            raise Unparsed(f"{texts[0]} expected")
 
     def answer(self):
         """All of the tokens: one value, or a bare list."""
-        values = self.parse_list()
+        value = join_values(*self.parse_list())
         if self.kind != "end":
             raise Unparsed(f"unexpected {self.peek}")
-        return self.join(values, 0)
-
-    def join(self, values, start):
-        """One value, or what separates several since the token `start` makes of them."""
-        if len(values) == 1:
-            return values[0]
-        words = {token.text for token in self.tokens[start : self.at]} & {"and", "or"}
-        return join_values(values, words.pop() if len(words) == 1 else "")
+        return value
 
     def parse_list(self, expand=True):
-        r"""Values separated by commas, semicolons, "and" or "or". One with ± is read twice:
-        1 \pm 2, 5 -> 3, -1, 5. In (1 \pm 2)/3 it is the whole that has two values, so brackets
-        other than a set's do not expand it."""
+        r"""Values between separators, and "and" or "or" if one of them is what separates them. A
+        value with ± is read twice: 1 \pm 2, 5 -> 3, -1, 5. In (1 \pm 2)/3 it is the whole that has
+        two values, so brackets other than a set's do not expand it."""
         outer = self.sign
         values = []
-        while not values or self.accept(*SEPARATORS):
-            while values and self.accept("and", "or"):  # 1, 2, and 3
-                pass
+        words = set()
+        while not values or self.peek in SEPARATORS:
+            if values:
+                words.add(self.next().text)
+            while values and self.peek in ("and", "or"):  # 1, 2, and 3
+                words.add(self.next().text)
             start = self.at
             self.sign = 1 if expand else outer
             values.append(self.relation())
-            texts = {token.text for token in self.tokens[start : self.at]}
-            if expand and not texts.isdisjoint(("\\pm", "\\mp")):
+            signs = [it for it in self.tokens[start : self.at] if it.text in ("\\pm", "\\mp")]
+            if expand and signs:
                 self.at = start
                 self.sign = -1
                 other = self.relation()
                 if other != values[-1]:  # a set within has both already
                     values.append(other)
         self.sign = outer
-        return values
+        words &= {"and", "or"}
+        return values, words.pop() if len(words) == 1 else ""
 
     def relation(self):
         """A value, or a chain of them: "x = 5", "Area = 5", "3 > x > 1" as "1 < x < 3",
         "1/3 ~ 0.33" as 1/3."""
         self.accept("=", "~")  # "≈ 3.14"
-        sides = [self.side()]
+        sides = [self.union()]
         ops = []
         while self.peek in RELATIONS:
             op = self.next().text
-            if op == "∈":
-                self.note_bound(self.at - 2, self.at - 1)
-            side = self.side()
+            side = self.union()
             if op == "~" and not name_of(sides[-1]):  # 1/3 ≈ 0.33 is 1/3; but x ≈ 11 is x = 11
                 continue
             sides.append(side)
-            ops.append("=" if op == "~" else op)
+            ops.append(op.replace("~", "="))
         if not ops:
             return sides[0]
-        if ops[0][0] == ">":
+        if ops[0] in (">", ">="):
             sides.reverse()
             ops = [TURNED.get(op, op) for op in reversed(ops)]
         return Relation(tuple(sides), tuple(ops))
-
-    def side(self):
-        """One side of a relation: words, or a value."""
-        return self.words_ahead() or self.union()
-
-    def words_ahead(self):
-        r"""Step over a side that only names something, before "=": Area, \angle ABC, f(x), P(X=2),
-        S_{\triangle A}."""
-        start = self.at
-        end = start
-        stops = RELATIONS | SEPARATORS | CLOSING | {""}
-        while self.tokens[end].text not in stops:
-            end = self.partner.get(end, end) + 1
-        side = self.tokens[start:end]
-        if self.tokens[end].text not in ("=", "~") or not self.is_name(side, start, end):
-            return ""
-        self.at = end
-        return "".join(token.text for token in side)
-
-    def is_name(self, side, start, end):
-        """Whether the tokens from start to end hold words, or call one letter: P(X=2), f(x)."""
-        kinds = {token.kind for token in side}
-        if kinds & {"text", "command"} and "number" not in kinds:
-            return True
-        if len(side) <= 3 or side[0].kind != "name" or self.partner.get(start + 1) != end - 1:
-            return False
-        return side[0].text.isupper() or {token.kind for token in side[2:-1]} <= {"name", "number"}
 
     def union(self):
         r"""(-\infty,1) \cup \{2\}; \mathbb{R} \setminus \{1\} as two intervals."""
@@ -1371,72 +1333,54 @@ class Parser:
             return complement(self.leaf())
         while self.accept("\\cup"):
             pieces.append(self.leaf())
-        if len(pieces) == 1:
-            return pieces[0]
-        parts = (piece.items if is_kind(piece, "set") else [piece] for piece in pieces)
-        return Seq("union", tuple(chain.from_iterable(parts)))
+        return pieces[0] if len(pieces) == 1 else Seq("union", tuple(pieces))
 
     def leaf(self):
         """An expression with its unit or percent sign; or a bracketed value; or words (a str)."""
+        self.leaves += 1
+        if self.leaves > MAX_LEAVES:
+            raise Unparsed("too many values")
         outer = (self.unit, self.rounded)
         self.unit = "dollar" if self.accept("dollar") else ""
         self.rounded = False
-        words = [] if self.unit else self.words()
-        if words and (words[-1] != "is" or self.kind == "end"):
-            value = value_of_words(words)
-        else:
-            value = self.expression()
+        value = self.words() or self.expression()
         if isinstance(value, sympy.Expr):
-            while self.peek in WORD_FUNCTIONS:
-                value = WORD_FUNCTIONS[self.next().text](value)
-            self.read_unit(bool(value.free_symbols))
-            value = Leaf(value, self.rounded, self.unit, self.modulus())
-        named = words[-1:] == ["is"] and self.peek not in RELATIONS
-        if named and isinstance(value, Leaf | Seq):  # Ann is 5
-            value = Relation((" ".join(words[:-1]), value), ("=",))
+            while self.peek in FACTORS:
+                value = multiply(value, Rational(FACTORS[self.next().text]))
+            self.read_unit(value)
+            modulus = self.operand(3) if self.accept("\\mod") else None
+            value = Leaf(value, self.rounded, self.unit, modulus)
         self.unit, self.rounded = outer
         return value
 
-    def modulus(self):
-        r"""7 in (mod 7), mod 7 and \pmod{7}; None where there is none."""
-        in_brackets = self.mod_ahead() and self.accept("(")
-        if not self.accept("\\mod"):
-            return None
-        value = as_expr(self.expression(3))
-        if in_brackets:
-            self.expect(")")
-        return value
-
-    def mod_ahead(self):
-        return self.peek == "(" and self.tokens[self.at + 1].text == "\\mod"
-
     def words(self):
-        """Words, and the single letters behind the first of them."""
+        r"""Words and the single letters among them, without articles, or what they say a thing is:
+        "The triangle is isosceles" -> "isosceles"; \angle A. "" where no word comes."""
         words = []
-        kinds = ("text",)
-        while self.kind in kinds and self.peek not in SEPARATORS:
-            words.append(self.next().text.casefold())
-            kinds = ("text", "name")
-        return words
+        while self.kind in ("text", "command") or (words and self.kind == "name"):
+            if self.peek in SEPARATORS:
+                break
+            words.append(self.next().text)
+        text = " ".join(words).casefold()
+        text = re.sub(r".*\b(?:is|are) |\b(?:an?|the) ", "", text)
+        if NO_SOLUTION.fullmatch(text):
+            return Seq("set", ())
+        return text.removesuffix(" solutions")  # infinitely many
 
-    def read_unit(self, symbolic):
-        r"""What follows a number: 33 pct, 5 cm, 3 \text{m/s}^2, 64 ft^2; other words (42 apples)
-        are dropped."""
-        start = self.at
+    def read_unit(self, value):
+        r"""What follows a number: 33 pct, 5 cm, 3 \text{m/s}^2; other words (42 apples) are
+        dropped."""
         words = ["%"] if self.accept("%") else []
-        while self.kind == "text" or (words and (self.kind == "name" or self.peek in UNIT_SIGNS)):
-            in_exponent = words[-1:] in (["^"], ["{"], ["-"])
-            if self.peek in ("and", "or") or (self.peek == "}" and "{" not in words):
-                break
-            if self.peek in {*"-123"} and not in_exponent:
-                break
+        while self.kind == "text" and self.peek not in SEPARATORS:
             words.append(self.next().text)
         if not VALUE_WORDS.isdisjoint(words):
             raise Unparsed("a word that changes the value")
-        units = [word if word in UNIT_SIGNS else unit_name(word) for word in words]
-        if None not in units:
-            self.unit = re.sub("[{}]", "", "".join(units)) or self.unit
-        elif symbolic or any(token.kind == "name" for token in self.tokens[start : self.at]):
+        unit = re.sub("[A-Za-z]+", lambda word: unit_name(word[0]), " ".join(words)).replace(
+            " ", ""
+        )
+        if "?" not in unit:
+            self.unit = unit or self.unit
+        elif value.free_symbols:
             raise Unparsed("words after a formula")
 
     def expression(self, level=0):
@@ -1461,9 +1405,9 @@ class Parser:
 
     def value_ahead(self):
         """Whether the next token begins a value, so that a product without a sign comes."""
-        if self.kind in ("number", "name") or self.peek in PREFIXES:
-            return not self.mod_ahead()
-        return self.peek == "|" and not self.bars
+        if self.peek == "|":
+            return not self.bars
+        return self.kind in ("number", "name") or self.peek in PREFIXES
 
     def signed(self, level):
         """A sign and what it stands before; of ± and ∓ the one that self.sign says."""
@@ -1477,36 +1421,37 @@ class Parser:
         if op in SIGNS_OF_TERMS:
             return add(as_expr(left), as_expr(self.signed(1)))
         self.accept(op)
-        if op == "!":
-            self.steps += 50
-            return factorial(as_expr(left))
-        if op == "°":
+        if op == "*":
+            return self.product(left)
+        if op == "°" and not self.in_function:
             self.unit = "deg"
             return left
+        left = as_expr(left)
+        if op == "°":
+            return multiply(left, DEGREE)
+        if op == "!":
+            return factorial(left)
         if op == "^":  # powers are read from right to left
-            return power(as_expr(left), as_expr(self.expression(3)))
-        right = self.expression(LEVELS[op])
-        if op == ":":
-            return self.ratio(left, right)
+            return power(left, self.operand(3))
         if op == "/":
-            return divide(as_expr(left), as_expr(right))
+            return divide(left, self.operand(2))
+        terms = [left, self.operand(LEVELS[":"])]
+        while self.accept(":"):  # a:b:c is no quotient
+            terms.append(self.operand(LEVELS[":"]))
+        return divide(*terms) if len(terms) == 2 else Seq("ratio", tuple(map(Leaf, terms)))
+
+    def product(self, left):
+        """2x; 2 (1, 2) is (2, 4); A(1, 2) is a point and its name."""
+        right = self.expression(2)
         if not isinstance(right, Seq):
             return scale(left, right)
-        if as_expr(left).is_Symbol and left.name.isupper():  # the point A(1, 2)
+        if as_expr(left).is_Symbol and left.name.isupper():
             return Relation((Leaf(left), right), ("=",))
-        return scale(right, left)  # 2 (1, 2) is (2, 4)
+        return scale(right, left)
 
-    def ratio(self, left, right):
-        """a:b is a quotient; a:b:c is not."""
-        if not is_kind(left, "ratio"):
-            if self.peek != ":":
-                return divide(as_expr(left), as_expr(right))
-            left = Seq("ratio", (Leaf(as_expr(left)),))
-        return Seq("ratio", (*left.items, Leaf(as_expr(right))))
-
-    def atom(self):
-        """A value without operators: of a fraction, a root …"""
-        return as_expr(self.expression(5))
+    def operand(self, level=5):
+        """A value in arithmetic. At level 5 it is without operators: of a fraction, a root …"""
+        return as_expr(self.expression(level))
 
     def read(self, kind, text):
         """What begins with this token."""
@@ -1515,16 +1460,14 @@ class Parser:
         if kind == "name":
             return self.function(text) if text in FUNCTIONS else self.symbol(text)
         if text in BRACKETS:
-            return self.group(text)
-        if text in ("\\frac", "\\binom"):
-            top = self.atom()
-            return (divide if text == "\\frac" else binomial)(top, self.atom())
-        if text == "|":
-            return self.absolute()
-        if text in ("\\emptyset", "ℝ"):
-            return REAL_LINE if text == "ℝ" else Seq("set", ())
-        if text in ("\\sum", "\\prod"):
-            return self.series(add if text == "\\sum" else multiply)
+            return self.environment(text) if "begin" in text else self.group(text)
+        if text in FRACTIONS:
+            top = self.operand()
+            return FRACTIONS[text](top, self.operand())
+        if text in SERIES:
+            return self.series(SERIES[text])
+        if text in SETS:
+            return SETS[text]
         raise Unparsed(f"{text} is not a value")
 
     def number(self, text):
@@ -1536,18 +1479,8 @@ class Parser:
             self.rounded = True
         return value
 
-    def absolute(self):
-        """|x|, behind its first bar."""
-        outer = self.bars
-        self.bars = True
-        value = apply_function("abs", as_expr(self.expression()))
-        self.expect("|")
-        self.bars = outer
-        return value
-
     def symbol(self, name):
-        """A constant; a variable with its subscript and primes; f(x), g'(2), h^2(x) of an unknown
-        function, as text."""
+        """A constant, or a variable with its subscript and primes."""
         if name in self.summed:
             return self.summed[name]
         if self.kind == "subscript":
@@ -1556,122 +1489,57 @@ class Parser:
             return CONSTANTS[name]
         while self.accept("'"):
             name += "'"
-        behind = self.partner.get(self.at + 1, self.at + 1) + 1
-        raised = self.peek == "^" and behind in self.partner  # f^2(x)
-        if name[0] not in "fghFGH" or not (self.peek == "(" or raised):
-            return Symbol(name)
-        exponent = self.expression(5) if self.accept("^") else Integer(1)
-        start = self.at
-        self.at = self.partner[start] + 1
-        arguments = "".join(token.text for token in self.tokens[start : self.at])
-        return power(Symbol(name + arguments), exponent)
+        return Symbol(name)
 
     def function(self, name):
-        r"""\sin^2 x, \sin^{-1} x, \log_2 8, \sqrt[3]{2}, \sin 30^\circ; sin 2x cos x is
-        sin(2x) cos(x)."""
-        unit = self.unit
-        base = self.base_or_index(name)
-        exponent = None
-        if name != "sqrt" and self.accept("^"):
-            exponent = as_expr(self.expression(3))
-            if exponent == -1 and f"arc{name}" in FUNCTIONS:
-                name = f"arc{name}"
-                exponent = None
-        values = self.arguments(name)
-        if self.unit == "deg" and unit != "deg":
-            values = [divide(multiply(value, sympy.pi), Integer(180)) for value in values]
-            self.unit = unit
-        if name == "log" and len(values) == 2:
-            base = values.pop()
-        if name == "sqrt" and len(values) == 1:
-            return root(values[0], base or Integer(2))
-        result = apply_function(name, *values)
+        r"""\sin^2 x, \sin^{-1} x, \log_2 8, \sqrt[3]{2}; sin 2x cos x is sin(2x) cos(x)."""
+        if name == "sqrt":
+            index = self.operand() if self.peek == "[" else Integer(2)
+            return root(self.operand(), index)
+        base = parse_within(self.next().text[1:]) if self.kind == "subscript" else None
+        exponent = self.operand(3) if self.accept("^") else None
+        if exponent == -1 and f"arc{name}" in FUNCTIONS:
+            name = f"arc{name}"
+            exponent = None
+        outer = self.in_function
+        self.in_function = True
+        result = apply_function(name, self.argument())
+        self.in_function = outer
         if base is not None:
             result = divide(result, apply_function("log", base))
         return result if exponent is None else power(result, exponent)
 
-    def base_or_index(self, name):
-        r"""What stands between a function's name and its argument: 2 in \log_2 8, \sqrt[2]{x}."""
-        if name == "log" and self.kind == "subscript":
-            return as_expr(Parser(tokenise(self.next().text[1:])).answer())  # log_2, log_{10}
-        if name == "log" and self.accept("_"):
-            return self.atom()
-        if name == "sqrt" and self.peek == "[":
-            return self.atom()
-        return Integer(10) if name == "lg" else None
-
-    def arguments(self, name):
-        """In brackets, or the product that follows: sin 2x."""
-        if self.peek in ("(", "{") or name == "sqrt":
-            value = self.expression(5)
-            return [as_expr(item) for item in (value.items if isinstance(value, Seq) else [value])]
-        value = as_expr(self.expression(2))
-        while self.factor_ahead():
-            value = multiply(value, as_expr(self.expression(3)))
-        return [value]
-
-    def factor_ahead(self):
-        r"""Whether the argument of a function without brackets goes on: x in sin 2x, \frac in
-        sin 2\frac x3."""
-        if self.kind in ("number", "name"):
-            return self.peek not in FUNCTIONS
-        return self.peek in ("\\frac", "{")
+    def argument(self):
+        r"""In brackets, or the product that follows: x in sin 2x, \frac in sin 2\frac x3."""
+        if self.peek in ("(", "{"):
+            return self.operand()
+        value = self.operand(2)
+        while self.value_ahead() and self.peek not in ("(", *FUNCTIONS):
+            value = multiply(value, self.operand(3))
+        return value
 
     def group(self, opening):
-        """One value in brackets, or several; {x | x > 0} is what stands after the bar."""
-        stop = self.partner[self.at - 1]
-        closing = self.tokens[stop].text
-        if opening.startswith("begin"):
-            return self.environment(closing)
-        if opening in ("\\lfloor", "\\lceil"):
-            name = "floor" if opening == "\\lfloor" else "ceil"
-            value = apply_function(name, as_expr(self.expression()))
-            self.expect(closing)
-            return value
+        """One value in brackets, or several; {3k | k ∈ ℤ}; ⌊x⌋; |x|."""
         outer = self.bars
-        self.bars = False
+        self.bars = opening == "|"
         is_set = opening == "\\{"
-        template = self.template(stop) if is_set else None
-        start = self.at
-        items = []
-        if self.at < stop or not is_set:
-            items = self.parse_list(expand=is_set)
-        joined = self.join(items, start) if template else None
-        self.expect(closing)
+        items, word = ([], "") if self.peek == "\\}" else self.parse_list(expand=is_set)
+        condition = join_values(*self.parse_list()) if self.accept(SUCH_THAT) else None
+        closing = self.peek
+        self.expect(*BRACKETS[opening])
         self.bars = outer
-        if template:
-            return build_set(template, joined)
+        if condition:
+            return build_set(items[0], condition)
         if is_set and items and is_membership(items[-1]):  # {2k, k ∈ ℤ}
-            return self.join(items, start)
+            return join_values(items, word)
         if is_set or (opening == "{" and len(items) > 1):
             return Seq("set", tuple(items))
         if len(items) > 1:
             return Seq(opening + closing, tuple(items))
-        return self.bracketed(items[0])
-
-    def template(self, stop):
-        """In {3k | k ∈ ℤ}, 3k, and step over the bar; None in another set."""
-        bars = 0
-        start = self.at
-        for place in range(start, stop):
-            text = self.tokens[place].text
-            is_bar = text in (":", SUCH_THAT) or (text == "|" and bars % 2 == 0)
-            texts = [token.text for token in self.tokens[place:stop]]
-            if is_bar and place > start and not RELATIONS.isdisjoint(texts):
-                self.tokens[place] = Token("op", SUCH_THAT)
-                self.note_bound(start, place)
-                template = self.relation()
-                self.expect(SUCH_THAT)
-                return template
-            if text == "|":
-                bars += 1
-        return None
-
-    def note_bound(self, start, end):
-        """The variables between two places may have any name."""
-        for token in self.tokens[start:end]:
-            if token.kind == "name" and token.text not in KNOWN:
-                self.bound.append(token.text)
+        value = self.bracketed(items[0])
+        if opening in BRACKET_FUNCTIONS:
+            return apply_function(BRACKET_FUNCTIONS[opening], as_expr(value))
+        return value
 
     def bracketed(self, value):
         """The value of (…); its unit goes to what is around it: (5 cm) + ..., (50%)."""
@@ -1685,37 +1553,26 @@ class Parser:
         self.rounded = self.rounded or value.approximate
         return value.expr
 
-    def environment(self, closing):
-        r"""\begin{pmatrix}1&2\\3&4\end{pmatrix} and the like; see value_of_rows."""
-        stop = self.partner[self.at - 1]
+    def environment(self, opening):
+        r"""\begin{pmatrix}1&2\\3&4\end{pmatrix}; equations one below the other; cases."""
         rows = [[]]
-        while True:
-            if not rows[-1] and "matrix" not in closing:
-                self.accept("&")
-            rows[-1] += self.cell()
-            if self.accept("\\\\"):
-                if self.at == stop:
-                    break
+        separator = "&"
+        while separator not in BRACKETS[opening]:
+            while self.accept("&", "if", "for", "when", "where"):
+                pass
+            rows[-1] += self.parse_list(expand=False)[0]
+            separator = self.peek
+            self.expect("&", "\\\\", *BRACKETS[opening])
+            if separator == "\\\\":
                 rows.append([])
-            elif not self.accept("&"):
-                break
-        self.expect(closing)
-        return value_of_rows(rows, closing)
-
-    def cell(self):
-        """A cell of a matrix, or an equation or condition of a system: "if x > 0"."""
-        while self.peek in ("if", "for", "when", "where"):
-            self.next()
-        return self.parse_list(expand=False)
+        return value_of_rows(rows, opening)
 
     def series(self, combine_terms):
         r"""\sum_{k=a}^{b} term with integers a and b: the term is read once for each k."""
-        self.expect("_", "{")
-        variable = self.next().text
-        self.expect("=")
-        low = as_expr(self.expression())
-        self.expect("}", "^")
-        high = self.atom()
+        variable, _, low = self.next().text[1:].partition("=")
+        self.expect("^")
+        high = self.operand()
+        low = parse_within(low)
         if not (low.is_Integer and high.is_Integer and 0 <= high - low < MAX_STEPS):
             raise Unparsed("not a simple sum")
         start = self.at
@@ -1724,47 +1581,41 @@ class Parser:
         for k in range(int(low), int(high) + 1):
             self.at = start
             self.summed = {**outer, variable: Integer(k)}
-            terms.append(as_expr(self.expression(1)))
+            terms.append(self.operand(1))
         self.summed = outer
         return combine_terms(*terms)
 
 
-def aligns(tokens, place):
-    """Whether this is an & that aligns equations: x &= 3."""
-    if tokens[place].text != "&":
-        return False
-    around = {token.text for token in tokens[max(place - 1, 0) : place + 2]}
-    return not RELATIONS.isdisjoint(around)
+def parse_within(text):
+    """The expression in a subscript: 2 in log_2."""
+    return as_expr(Parser(tokenise(text)).answer())
 
 
-def value_of_rows(rows, closing):
+def value_of_rows(rows, opening):
     """A matrix of its rows; one row or column: of its entries. Equations one below the other: a
     list. Rows of a value and its condition: cases."""
-    cells = [*chain.from_iterable(rows)]
+    cells = tuple(chain.from_iterable(rows))
     lengths = {len(row) for row in rows}
-    is_matrix = all(isinstance(cell, Leaf) for cell in cells) and "cases" not in closing
+    is_matrix = all(isinstance(cell, Leaf) for cell in cells) and "cases" not in opening
     if len(lengths) == 1 and is_matrix:
         if len(rows) == 1 or lengths == {1}:
-            return Seq("matrix", tuple(cells))
+            return Seq("matrix", cells)
         return Seq("matrix", tuple(Seq("matrix", tuple(row)) for row in rows))
-    if "matrix" in closing:
+    if "matrix" in opening:
         raise Unparsed("not a matrix")
-    if lengths == {2} and not isinstance(rows[0][0], Relation):
+    if lengths == {2} and not isinstance(cells[0], Relation):
         return Seq("cases", tuple(Seq("case", tuple(row)) for row in rows))
-    return join_values(cells, "")
+    return join_values(cells)
 
 
 def build_set(template, condition):
-    """{x | x > 0} and {x ∈ ℝ | x > 0} are what the condition says; others keep the template."""
-    conditions = [condition]
+    """{x | x > 0} is what the condition says; others keep the template."""
     if isinstance(template, Relation) and template.ops == ("∈",):
-        template, domain = template.sides
-        if domain != REAL_LINE:
-            conditions.insert(0, Relation((template, domain), ("∈",)))
-    is_variable = isinstance(template, Leaf) and template.expr.is_Symbol
-    if is_variable and len(conditions) == 1:  # the name of the variable does not count
+        condition = Seq("list", (template, condition))
+        template = template.sides[0]
+    elif isinstance(template, Leaf) and template.expr.is_Symbol:  # whose name does not count
         return (is_condition(condition) and denoted_value(condition)) or condition
-    return Seq("builder", (template, Seq("list", tuple(conditions))))
+    return Seq("builder", (template, condition))
 
 
 def is_condition(value):
@@ -1772,83 +1623,32 @@ def is_condition(value):
     return isinstance(value, Relation) and not {*value.ops} <= {"=", "∈", "≡"}
 
 
-def join_values(values, word):
+def is_membership(value):
+    """k ∈ ℤ"""
+    return (
+        isinstance(value, Relation)
+        and value.ops == ("∈",)
+        and isinstance(value.sides[1], Leaf)
+        and value.sides[1].expr.is_Symbol
+    )
+
+
+def join_values(values, word=""):
     """Several values between which `word` stands: "and", "or"; "" for commas or both."""
-    real = [value for value in values if not is_of_reals(value)]  # x ∈ ℝ says nothing
-    values = share_modulus(real or values)
     if len(values) == 1:
         return values[0]
-    if is_membership(values[-1]):  # 3k, k ∈ ℤ
-        count = next(i for i, value in enumerate(values) if is_membership(value))
-        if count > 0 and all(map(is_membership, values[count:])):
-            template = values[0] if count == 1 else join_values(values[:count], "")
-            return Seq("family", (template, Seq("list", tuple(values[count:]))))
+    conditions = tuple(filter(is_membership, values))
+    if 0 < len(conditions) < len(values):  # 3k, k ∈ ℤ
+        template = join_values([value for value in values if not is_membership(value)])
+        return Seq("builder", (template, Seq("list", conditions)))
     names = {first_name(value) for value in values if isinstance(value, Relation)}
     relations = all(isinstance(value, Relation) for value in values)
     if word and relations and (len(names) > 1 or any(map(is_condition, values))):
-        both = chained(values) if word == "and" and all(map(is_condition, values)) else None
-        return both or Seq(word, tuple(values))
+        return Seq(word, tuple(values))
     return Seq("list", tuple(values))
 
 
-def chained(relations):
-    """2 < x and x < 5 -> 2 < x < 5; x ≠ 1 and x ≠ 2 -> intervals; None for other conditions."""
-    names = {first_name(relation) for relation in relations}
-    sides = [side for relation in relations for side in relation.sides]
-    ops = [op for relation in relations for op in relation.ops]
-    if len(names) > 1 or "" in names or len(sides) != 2 * len(ops):
-        return None
-    ends = [side for side in sides if not name_of(side)]
-    if {*ops} == {"!="} and all(map(is_rational, ends)):
-        return complement(Seq("set", tuple(ends)))
-    if len(ops) == 2 and {*ops} <= {"<", "<="}:
-        low, high = sorted(relations, key=lambda relation: bool(name_of(relation.sides[0])))
-        if name_of(low.sides[1]) and name_of(high.sides[0]):
-            return Relation((*low.sides, high.sides[1]), low.ops + high.ops)
-    return None
-
-
-def is_of_reals(value):
-    return isinstance(value, Relation) and value.ops == ("∈",) and value.sides[1] == REAL_LINE
-
-
-def is_membership(value):
-    """k ∈ ℤ"""
-    if not isinstance(value, Relation) or value.ops != ("∈",):
-        return False
-    domain = value.sides[1]
-    return isinstance(domain, Leaf) and domain.expr.is_Symbol
-
-
-def share_modulus(values):
-    """x ≡ 1, 3 (mod 8) is x ≡ 1 (mod 8) and x ≡ 3 (mod 8)."""
-    last = values[-1].sides[-1] if isinstance(values[-1], Relation) else values[-1]
-    first = values[0]
-    if not isinstance(last, Leaf) or last.modulus is None or not isinstance(first, Relation):
-        return values
-    rests = [value.sides[-1] if isinstance(value, Relation) else value for value in values]
-    if not all(isinstance(rest, Leaf) for rest in rests):
-        return values
-    shared = [rest._replace(modulus=last.modulus) for rest in rests]
-    return [Relation((*first.sides[:-1], rest), first.ops) for rest in shared]
-
-
-def find_partners(tokens):
-    """Where each bracket closes, by the place where it opens: "(1,2]" -> {0: 4}."""
-    partner = {}
-    opened = []
-    for place, (_, text) in enumerate(tokens):
-        if text in BRACKETS:
-            opened.append(place)
-        elif text in CLOSING:
-            if not opened or text not in BRACKETS[tokens[opened[-1]].text]:
-                raise Unparsed(f"unexpected {text}")
-            partner[opened.pop()] = place
-    if opened:
-        raise Unparsed("a bracket is not closed")
-    return partner
-
-
+@lru_cache(maxsize=512)
 def name_of(side):
     r"""The spelling of a side that only names something: x_1, AB, (x,y), \cos A, f^{-1}(x), |AB|,
     AB/BC, words; "" for other sides."""
@@ -1857,40 +1657,24 @@ def name_of(side):
     if is_kind(side, "()", "ratio"):
         names = [name_of(item) for item in side.items]
         return f"({','.join(names)})" if all(names) else ""
-    if not isinstance(side, Leaf) or side.unit:
+    if not isinstance(side, Leaf) or side.unit or side.expr.is_Pow or not side.expr.free_symbols:
         return ""
-    name = name_of_expr(side.expr)
-    return "" if name.startswith("/") else name  # 1/x
+    parts = list(sympy.preorder_traversal(side.expr))
+    if not all(map(may_be_named, parts)):
+        return ""
+    return " ".join(part.name if part.is_Symbol else part.func.__name__ for part in parts)
 
 
-def name_of_expr(expr):
-    if expr.is_Symbol:
-        return expr.name
-    if expr.is_Mul or expr.func is sympy.Abs:
-        names = [name_of_expr(factor) for factor in expr.args]
-        bar = "" if expr.is_Mul else "|"
-        return f"{bar}{''.join(names)}{bar}" if all(names) else ""
-    called = expr.is_Pow and expr.base.is_Symbol and "(" in expr.base.name
-    if expr.is_Function or called:
-        simple = all(argument.is_Symbol or argument == -1 for argument in expr.args)
-        return str(expr) if simple else ""
-    if expr.is_Pow and expr.exp == -1:
-        name = name_of_expr(expr.base)
-        return name and f"/{name}"
-    return ""
+def may_be_named(part):
+    """Of the parts of a name: a product has no sign, a power is a reciprocal."""
+    if part.is_Mul:
+        return -1 not in part.args
+    return part.is_Symbol or part.is_Function or -1 in (part, *part.args[1:])
 
 
-def value_of_words(words):
-    """Words without articles, or what they say a thing is: "The triangle is isosceles" ->
-    "isosceles"; "no solution" -> the empty set."""
-    words = [word for word in words if word not in ("a", "an", "the")]
-    if "is" in words or "are" in words:
-        last_is = max(place for place, word in enumerate(words) if word in ("is", "are"))
-        words = words[last_is + 1 :] or words
-    text = " ".join(words)
-    if text in NO_SOLUTION:
-        return Seq("set", ())
-    return text.removesuffix(" solutions")  # infinitely many
+def first_name(relation):
+    """The first side that only names something."""
+    return next(filter(None, map(name_of, relation.sides)), "")
 
 
 def complement(points):
@@ -1902,27 +1686,33 @@ def complement(points):
     return Seq("union", tuple(Seq("()", pair) for pair in pairwise(ends)))
 
 
-def count_leaves(value, depth=0):
-    """The number of values in nested collections; too deep a nest counts as too many."""
-    inside = ()
-    if isinstance(value, Relation):
-        inside = value.sides
-    elif isinstance(value, Seq):
-        inside = value.items
-    if not inside:
-        return 1
-    if depth == 6:
-        return MAX_LEAVES + 1
-    return sum(count_leaves(item, depth + 1) for item in inside)
-
-
 class Parsed(NamedTuple):
     """An answer as it was read."""
 
     text: str  # normalised spelling, for comparison as text
     value: object  # Leaf, Seq, Relation, str (words); None where the answer is not in the grammar
     why: str = ""  # why it is not
-    bound: tuple = ()  # the variables that may have any name: k in 3k, k ∈ ℤ
+
+
+@lru_cache(maxsize=512)
+def parse(text, thousands=True, renamed=False):
+    """A whole answer: "1/2" -> Leaf(1/2). What is not in the grammar, or beyond the limits, is text
+    and nothing else: "5 +" -> None, "ends too early". `renamed`: k in 3k, k ∈ ℤ, which may have
+    any name, gets ours."""
+    if len(text) > MAX_ANSWER:
+        return Parsed(text, None, "longer than the limit")
+    text = normalise(text, thousands)
+    spelling = re.sub(r"\s+", "", text)
+    try:
+        tokens = tokenise(text)
+        spelling = "".join(map(spelling_of, tokens))
+        if renamed:
+            bound = [token for token, following in pairwise(tokens) if following.text == "∈"]
+            ours = {token: Token("name", f"bound {place}") for place, token in enumerate(bound)}
+            tokens = [ours.get(token, token) for token in tokens]
+        return Parsed(spelling, Parser(tokens).answer())
+    except Unparsed as error:
+        return Parsed(spelling, None, str(error))
 
 
 def spelling_of(token):
@@ -1931,38 +1721,18 @@ def spelling_of(token):
     return token.text.casefold() if is_word else token.text
 
 
-@lru_cache(maxsize=512)
-def parse(text: str, thousands: bool = True, renamed: tuple = ()) -> Parsed:
-    """A whole answer: "1/2" -> Leaf(1/2). What is not in the grammar, or beyond the limits, is text
-    and nothing else: "5 +" -> None, "ends too early"."""
-    if len(text) > MAX_ANSWER:
-        return Parsed(text, None, "longer than the limit")
-    text = normalise(text, thousands)
-    spelling = re.sub(r"\s+", "", text)
-    try:
-        tokens = tokenise(text)
-        spelling = "".join(map(spelling_of, tokens))
-        names = {Token("name", name): Token("name", f"bound {i}") for i, name in enumerate(renamed)}
-        parser = Parser([names.get(token, token) for token in tokens])
-        value = parser.answer()
-        if count_leaves(value) > MAX_LEAVES:
-            raise Unparsed("too many values")
-        return Parsed(spelling, value, bound=tuple(dict.fromkeys(parser.bound)))
-    except Unparsed as error:
-        return Parsed(spelling, None, str(error))
-
-
 # -- compare: the values of inert trees at fixed points --------------------------------------------
 # No rewriting comes first (expand, cancel, trigonometric identities …): what it could show these
 # points show too, with bounded work, while expand does not come back from (x^200000 - 1)/(x - 1)
 # nor cancel from e^(10^9 ln 2).
 NUMBERS = MPContext()  # our own mpmath context
 LOCK = threading.RLock()  # held while the precision of NUMBERS is ours
-MIN_PRECISION = 192  # bits
-GAMMAS = ("factorial", "binomial")
-ROUNDED = ("floor", "ceiling")
-OF_REALS = ("Abs", "sign", *ROUNDED)
-SATURATING = ("sinh", "cosh", "tanh")  # they differ, or differ from 1, by e^(-2x)
+MIN_PRECISION = 256  # bits
+CONSTANT_VALUES = {sympy.pi: NUMBERS.pi, sympy.E: NUMBERS.e, sympy.I: NUMBERS.j}
+GAMMAS = (sympy.factorial, sympy.binomial)
+ROUNDED = (sympy.floor, sympy.ceiling)
+OF_REALS = (sympy.Abs, sympy.sign, *ROUNDED)
+SATURATING = (sympy.sinh, sympy.cosh, sympy.tanh)  # they differ, or differ from 1, by e^(-2x)
 
 
 class Point(NamedTuple):
@@ -1976,86 +1746,16 @@ class Point(NamedTuple):
 
     def value(self, name):
         noise = zlib.crc32(f"{name} {self.k}".encode("utf-8", "replace"))
-        if name in self.integers:
-            return NUMBERS.mpf(self.integer(name, noise))
+        if name in self.integers:  # large; or small ones in a row, so that each remainder occurs
+            small = self.k + 1 if name == self.integers[0] else noise % 12
+            return NUMBERS.mpf(self.size + noise % self.size if self.size > 1 else small)
         distance = self.size * (0.3 + (noise & 0xFFFF) / 0x8000)
         if self.kind == "complex":
             return NUMBERS.mpc(distance, 0.05 + (noise >> 16) / 0x50000)
-        if self.kind == "real" and self.is_negative(noise):
+        # of four real points one is all positive and one all negative
+        if self.kind == "real" and (self.k % 4 == 1 or (self.k % 4 > 1 and noise >> 20 & 1)):
             distance = -distance
         return NUMBERS.mpf(self.center.p) / self.center.q + distance
-
-    def is_negative(self, noise):
-        """Of four points one is all positive and one all negative."""
-        return self.k % 4 == 1 or (self.k % 4 > 1 and bool(noise >> 20 & 1))
-
-    def integer(self, name, noise):
-        """Small ones in a row, so that each remainder occurs; or large."""
-        if self.size > 1:
-            return self.size + noise % self.size
-        return self.k + 1 if name == self.integers[0] else noise % 12
-
-
-class Number(NamedTuple):
-    """The value of a tree at a point."""
-
-    value: object  # of mpmath
-    spread: int  # bits between the largest and the smallest term that make it up
-
-
-def numeric_value(expr, point: Point) -> Number:
-    """The value at a point; ArithmeticError where there is none, or out of bounds."""
-    if expr.is_Rational:
-        return Number(NUMBERS.mpf(expr.p) / expr.q, 0)
-    if expr.is_Symbol:
-        return Number(point.value(expr.name), 0)
-    if not expr.args:
-        constant = {sympy.pi: NUMBERS.pi, sympy.E: NUMBERS.e, sympy.I: NUMBERS.j}[expr]
-        return Number(constant * NUMBERS.one, 0)
-    inner = [numeric_value(argument, point) for argument in expr.args]
-    values = [number.value for number in inner]
-    if expr.is_Add:
-        result = numeric_sum(values)
-    elif expr.is_Mul:
-        result = Number(math.prod(values), 0)
-    elif expr.is_Pow:
-        result = numeric_power(*values, expr.exp, point.kind == "real")
-    else:
-        result = numeric_function(expr.func.__name__, values)
-    if not NUMBERS.mag(result.value) <= MAX_MAGNITUDE:
-        raise ArithmeticError("too large, or not a number")
-    return Number(result.value, result.spread + max(number.spread for number in inner))
-
-
-def numeric_sum(values):
-    """A sum that nearly vanishes beside its terms is 0 seen through rounding: sin²1 + cos²1 - 1.
-    The precision follows the spread of the terms, so that no term is lost like that."""
-    total = sum(values)
-    sizes = [NUMBERS.mag(value) for value in values if value]
-    if not sizes:
-        return Number(total, 0)
-    if total and NUMBERS.mag(total) < max(sizes) - 3 * NUMBERS.prec // 4:
-        total = NUMBERS.zero
-    return Number(total, max(sizes) - min(sizes))
-
-
-def numeric_power(base, exponent, exact, real):
-    """base^exponent, or infinity or NaN where it is out of bounds. Over the reals an odd root of a
-    negative number is negative."""
-    if base == 0:
-        return Number(base if exponent.real > 0 else NUMBERS.nan, 0)
-    integral = exact.is_Integer or (not exponent.imag and exponent == NUMBERS.nint(exponent.real))
-    if integral and abs(exponent) <= 10_000:
-        small = abs(exponent * NUMBERS.mag(base)) < 4 * MAX_MAGNITUDE
-        return Number(base ** int(exponent.real) if small else NUMBERS.inf, 0)
-    if real and exact.is_Rational and exact.q % 2 and not base.imag and base.real < 0:
-        result = numeric_power(-base, exponent, exact, real)
-        return Number(-result.value, result.spread) if exact.p % 2 else result
-    logarithm = exponent * NUMBERS.ln(base)
-    if NUMBERS.mag(logarithm) > 16:
-        return Number(NUMBERS.inf, 0)
-    # e^tiny is 1 and a tiny term
-    return Number(NUMBERS.exp(logarithm), max(0, -size_of(logarithm)))
 
 
 def size_of(value):
@@ -2063,69 +1763,88 @@ def size_of(value):
     return NUMBERS.mag(value) if value else 0
 
 
-def numeric_function(name, values):
-    """The function of sympy's name; ArithmeticError where its argument is out of bounds."""
-    largest = 1_000
-    if name in GAMMAS:
-        largest = 12
-    elif any(value.imag for value in values):
-        largest = 16
-    size = max(map(NUMBERS.mag, values))
-    if size > largest:
+def numeric_value(expr, point, sizes):
+    """The value at a point; ArithmeticError where there is none, or out of bounds. `sizes` gets the
+    size of every number on the way: how far apart they are says what precision shows them all."""
+    if expr.is_Rational:
+        sizes += expr.p.bit_length(), -expr.q.bit_length()
+        return NUMBERS.mpf(expr.p) / expr.q
+    if expr.is_Symbol:
+        value = point.value(expr.name)
+    elif not expr.args:
+        value = CONSTANT_VALUES[expr] * NUMBERS.one
+    else:
+        values = [numeric_value(argument, point, sizes) for argument in expr.args]
+        if expr.is_Mul:
+            value = math.prod(values)
+        elif expr.is_Pow:
+            value = numeric_power(*values, expr.exp, point.kind == "real")
+        else:
+            value = sum(values) if expr.is_Add else numeric_function(expr.func, values, sizes)
+            # what nearly vanishes is 0 seen through rounding: sin²1 + cos²1 - 1, cos(π/2)
+            if value and NUMBERS.mag(value) < max(map(size_of, values)) - 3 * NUMBERS.prec // 4:
+                value = NUMBERS.zero
+    if not NUMBERS.mag(value) <= MAX_MAGNITUDE:
+        raise ArithmeticError("too large, or not a number")
+    sizes.append(size_of(value))
+    return value
+
+
+def numeric_power(base, exponent, exact, real):
+    """base^exponent, or infinity or NaN where it is out of bounds. Over the reals an odd root of a
+    negative number is negative."""
+    if base == 0:
+        return base if exponent.real > 0 else NUMBERS.nan
+    if abs(exponent) * max(1, abs(NUMBERS.mag(base))) > 4 * MAX_MAGNITUDE:
+        return NUMBERS.inf
+    if real and exact.is_Rational and exact.q % 2 and not base.imag and base.real < 0:
+        return (-1) ** exact.p * (-base) ** exponent
+    return base**exponent
+
+
+def numeric_function(function, values, sizes):
+    """A function of sympy's; ArithmeticError where its argument is out of bounds."""
+    largest = 16 if any(value.imag for value in values) else 1_000
+    if max(map(NUMBERS.mag, values)) > (12 if function in GAMMAS else largest):
         raise ArithmeticError("argument too large")
-    if name in ROUNDED:
+    if function in ROUNDED:
         nearest = NUMBERS.nint(values[0])
         if abs(values[0] - nearest) < 2.0**-90:  # an integer but for rounding
-            values = [nearest]
-    theirs = {"Abs": "fabs", "ceiling": "ceil"}.get(name, name)
-    result = getattr(NUMBERS, theirs)(*values)
-    spread = 0
-    if name in SATURATING and size > 0:
-        spread = 3 * int(abs(values[0]))
-    elif name not in OF_REALS:  # f(0) and a tiny term; π/2 and a tiny term
-        spread = 2 * abs(size_of(values[0]))
-    return Number(result, spread)
+            return nearest
+    if function in SATURATING:
+        sizes.append(3 * int(abs(values[0])))
+    sizes.append(2 * size_of(values[0]))  # cos x is 1 and a term of x²
+    name = function.__name__
+    return getattr(NUMBERS, {"Abs": "fabs", "ceiling": "ceil"}.get(name, name))(*values)
 
 
 @lru_cache(maxsize=512)
-class ExprStats:
-    """What chooses the points for a tree, and bounds the work on it."""
-
-    def __init__(self, expr):
-        nodes = list(sympy.preorder_traversal(expr))
-        inner = [node for node in nodes if node.args and node.func not in (Add, Mul)]
-        names = [node.func.__name__ for node in inner]
-        rounded = [node for node, name in zip(inner, names) if name in ROUNDED]
-        gammas = [node for node, name in zip(inner, names) if name in GAMMAS]
-        rationals = [node for node in nodes if node.is_Rational]
-        # Whole powers are cheap; a factorial takes as long as 30 sines.
-        cheap = sum(node.is_Pow and node.exp.is_Integer for node in inner)
-        self.nodes = len(nodes) + 8 * cheap
-        self.cost = len(inner) - cheap + 29 * len(gammas)
-        self.bits = max(map(bits, rationals), default=0)
-        self.constants = {abs(node) for node in rationals if bits(node) < 64}
-        self.rounded = bool(rounded)
-        self.real = not set(OF_REALS).isdisjoint(names)
-        # whether it holds a root or logarithm of a variable
-        self.rooted = any(has_branches(node) and node.args[0].free_symbols for node in inner)
-        # A variable under a floor is an integer, but in ⌊x⌋, which would then say nothing.
-        plain = [node for node in rounded if is_integral(node.args[0])]
-        self.not_integers = names_in(plain)
-        self.integers = names_in(rounded + gammas) - self.not_integers
+def work_of(expr):
+    """The work of one evaluation, in sums of two numbers: a factorial takes as long as 30 sines."""
+    work = 0
+    for node in sympy.preorder_traversal(expr):
+        if node.is_Add or node.is_Mul or not node.args:
+            work += 1
+        elif node.is_Pow and node.exp.is_Rational and node.exp.q <= 2:
+            work += 4
+        else:
+            work += 1200 if node.func in GAMMAS else 40
+    return work
 
 
-def has_branches(node):
-    """A root or a logarithm."""
-    return node.func is sympy.log or (node.is_Pow and not node.exp.is_Integer)
+def has_branches(expr):
+    """Whether it holds a root or logarithm of a variable."""
+    for node in sympy.preorder_traversal(expr):
+        root_or_log = node.func is sympy.log or (node.is_Pow and not node.exp.is_Integer)
+        if root_or_log and node.args[0].free_symbols:
+            return True
+    return False
 
 
-def is_integral(expr):
-    """An integer wherever its variables are: 2x² + 1."""
-    if expr.is_Add or expr.is_Mul:
-        return all(map(is_integral, expr.args))
-    if expr.is_Pow:
-        return bool(is_integral(expr.base) and expr.exp.is_Integer and expr.exp > 0)
-    return bool(expr.is_Symbol or expr.is_Integer)
+def is_floor_of_integer(node):
+    """⌊2x² + 1⌋: no fraction or function stands within."""
+    parts = sympy.preorder_traversal(node.args[0])
+    return all(isinstance(part, Symbol | Integer | Add | Mul | Pow) for part in parts)
 
 
 def names_in(exprs):
@@ -2133,110 +1852,93 @@ def names_in(exprs):
 
 
 @lru_cache(maxsize=4096)
-def value_at(expr, point: Point, precision: int) -> Number | None:
-    """numeric_value, remembered; None where there is no value, or where it would take too much
-    work."""
-    stats = ExprStats(expr)
-    division = precision // 64 + (precision // 4096) ** 2
-    sine = (precision // 64) ** 2
-    if stats.nodes * division + stats.cost * sine > MAX_WORK:
+def value_at(expr, point, precision):
+    """(value, its needed precision) at a point; None where there is no value, or where it would
+    take too much work."""
+    if work_of(expr) * (precision // 64) ** 2 > MAX_WORK:
         return None
     NUMBERS.prec = precision
+    sizes = [0]
     try:
-        return numeric_value(expr, point)
+        value = numeric_value(expr, point, sizes)
     except (ArithmeticError, ValueError, KeyError, TypeError):
         return None
+    return value, 128 + 4 * (max(sizes) - min(sizes))
 
 
-def values_at(exprs, point, precision):
-    """The values of trees at a point, so precise that half of the bits show their smallest terms;
-    None where one has no value."""
-    numbers = [value_at(expr, point, precision) for expr in exprs]
-    if None in numbers:
+def values_at(x, y, point, precision=MIN_PRECISION):
+    """The values of two trees, so precise that half of the bits show their smallest terms, and the
+    tolerance in which equal ones agree; None where one has no value."""
+    found = value_at(x, point, precision), value_at(y, point, precision)
+    if None in found:
         return None
-    needed = 128 + 2 * max(number.spread for number in numbers)
+    (left, needed), (right, other_needed) = found
+    needed = max(needed, other_needed)
     if needed > precision:
-        return values_at(exprs, point, (needed // 64 + 1) * 64)
+        return values_at(x, y, point, (needed // 64 + 1) * 64)
     NUMBERS.prec = precision
-    return *(number.value for number in numbers), precision
+    return left, right, NUMBERS.ldexp(1, -precision // 2)
 
 
-def equal_at(x, y, point, precision, approximate):
-    """Whether two trees agree at a point; None where one has no value."""
-    found = values_at((x, y), point, precision)
-    if found is None:
-        return None
-    left, right, precision = found
-    if point.kind == "positive" and left.imag and right.imag:
-        return None  # neither is a real number: which branch it is on does not count
-    tolerance = NUMBERS.mpf(1e-6) if approximate else NUMBERS.ldexp(1, -precision // 2)
-    if abs(left - right) <= tolerance * max(abs(left), abs(right)):
-        return True
-    return is_zero_at(x, point, precision) and is_zero_at(y, point, precision)
-
-
-def is_zero_at(expr, point, precision):
-    """Whether a value shrinks as the precision grows: cos(π/2), which rounding keeps from 0."""
-    rough = value_at(expr, point, precision)
-    if size_of(rough.value) > -precision // 2:
-        return not rough.value
-    fine = value_at(expr, point, 4 * precision)
-    return fine is not None and (not fine.value or size_of(fine.value) < 2 * size_of(rough.value))
-
-
+@lru_cache(maxsize=512)
 def choose_points(x, y):
     """Where to compare two trees. One point is enough for constants. An absolute value, or a root
     or logarithm on one side only, asks for real points of both signs, of several sizes and around
     the constants, so that √(x²) is not x and |x - 5| not 5 - x."""
-    one = ExprStats(x)
-    other = ExprStats(y)
-    if not (x.free_symbols or y.free_symbols):
+    if not names_in([x, y]):
         return [Point("complex", 0)]
-    real = one.real or other.real or one.rooted != other.rooted
+    nodes = [*sympy.preorder_traversal(x), *sympy.preorder_traversal(y)]
+    rooted = has_branches(x)
+    real = rooted != has_branches(y) or any(node.func in OF_REALS for node in nodes)
     kind = "real" if real else "positive"
-    names = (one.integers | other.integers) - one.not_integers - other.not_integers
-    if names:  # n first, above the others, for which C(n, k) has a value
-        names = tuple(sorted(names, key=lambda name: (name[0] not in "nN", name)))
-        sizes = [1] * 12 + [60, 60, 400, 400]
-        if one.rounded or other.rounded:
-            sizes = [1] * 24 + [60, 60, 400, 400, 10**6, 10**6]
+    # A variable under a floor is an integer, but in ⌊x⌋, which would then say nothing.
+    rounded = [node for node in nodes if node.func in ROUNDED]
+    integers = names_in(rounded + [node for node in nodes if node.func in GAMMAS])
+    integers -= names_in(filter(is_floor_of_integer, rounded))
+    if integers:  # n first, above the others, for which C(n, k) has a value
+        names = tuple(sorted(integers, key=lambda name: (name[0] not in "nN", name)))
+        sizes = [1] * 24 + [60, 60, 400, 400, 10**6, 10**6] if rounded else [1] * 12 + [60, 400]
         return [Point(kind, k, size, integers=names) for k, size in enumerate(sizes)]
     if real:
-        constants = sorted(one.constants | other.constants)[:8]
-        centers = [*constants, *(-constant for constant in constants)]
+        constants = {abs(node) for node in nodes if node.is_Rational and bits(node) < 64}
+        centers = [sign * constant for constant in sorted(constants)[:8] for sign in (1, -1)]
         points = [Point(kind, k, 0.25, center) for center in centers for k in (0, 1)]
-        return points + [Point(kind, k, (1, 4, 20, 500)[k // 4]) for k in range(16)]
+        return points + [Point(kind, k, (1, 4, 20, 80)[k // 4]) for k in range(16)]
     points = [Point("complex", k) for k in range(4)]
-    return points + [Point(kind, k, size) for k, size in enumerate((10, 500)) if one.rooted]
+    return points + [Point(kind, k, size) for k, size in enumerate((10, 80)) if rooted]
 
 
-def choose_precision(x, y):
-    """More bits for larger numbers: a changed digit must count."""
-    precision = MIN_PRECISION
-    while precision < 2 * max(ExprStats(x).bits, ExprStats(y).bits) + 64:
-        precision *= 2
-    return precision
+def agree(x, y, same):
+    """Whether same(x's value, y's value, tolerance) at the points, of which a third must exist."""
+    agreed = 0
+    with LOCK:
+        points = choose_points(x, y)
+        for point in points:
+            found = values_at(x, y, point)
+            # where neither is a real number, which branch it is on does not count
+            if found and not (point.kind == "positive" and found[0].imag and found[1].imag):
+                if not same(*found):
+                    return False
+                agreed += 1
+    return 3 * agreed > len(points)
 
 
-def equal_exprs(x, y, approximate: bool = False) -> bool:
-    """Two inert trees: by structure, as exact numbers, by their values at fixed points (a third of
-    them must exist)."""
+def is_close(left, right, tolerance):
+    return abs(left - right) <= tolerance * max(abs(left), abs(right))
+
+
+def equal_exprs(x, y, approximate=False):
+    """Two inert trees: by structure, as exact numbers, by their values at fixed points."""
     if x == y:
         return True
     if x.is_Rational and y.is_Rational:
         near = abs(x - y) * 10**6 <= max(abs(x), abs(y))
         return approximate and bool(near)  # sympy's own truth is no bool
-    with LOCK:
-        points = choose_points(x, y)
-        precision = choose_precision(x, y)
-        agreed = 0
-        for point in points:
-            equal = equal_at(x, y, point, precision, approximate)
-            if equal is False:
-                return False
-            if equal:
-                agreed += 1
-    return 3 * agreed > len(points)
+
+    def same(left, right, tolerance):
+        return is_close(left, right, 1e-6 if approximate else tolerance)
+
+    return agree(x, y, same)
 
 
 def proportional(x, y, positive):
@@ -2245,26 +1947,16 @@ def proportional(x, y, positive):
     zeros = [equal_exprs(expr, Integer(0)) for expr in (x, y)]
     if any(zeros):
         return all(zeros)
-    ratio = divide(x, y)
-    with LOCK:
-        precision = 2 * choose_precision(x, y)
-        points = choose_points(x, y)
-        if points[0].kind == "complex":
-            points = points[:4]
-        found = [values_at((ratio,), point, precision) for point in points]
-        if any(pair and pair[1] > precision for pair in found):
-            # near a large constant C the ratio of different sides varies by 1/C²
-            precision = 2 * max(pair[1] for pair in found if pair)
-            found = [values_at((ratio,), point, precision) for point in points]
-        ratios = [pair[0] for pair in found if pair]
-        if 3 * len(ratios) <= len(points):
+    found = []  # pairs of values
+
+    def same_ratio(left, right, tolerance):
+        if positive and not (left * NUMBERS.conj(right)).real > 0:
             return False
-        NUMBERS.prec = precision
-        first = ratios[0]
-        tolerance = NUMBERS.ldexp(abs(first), -precision // 2)
-        if positive and not (first.real > 0 and abs(first.imag) <= tolerance):
-            return False
-        return all(abs(value - first) <= tolerance for value in ratios)
+        found.append((left, right))
+        first, other = found[0]
+        return is_close(left * other, right * first, tolerance)
+
+    return agree(x, y, same_ratio)
 
 
 # -- compare: values -------------------------------------------------------------------------------
@@ -2319,15 +2011,12 @@ words, and what is not in the grammar: the same text
     \text{The triangle is isosceles} == isosceles    \text{east} != \text{west}    5+ != 5
 """
 UNORDERED = ("set", "list", "union", "and", "or")
-FAMILIES = ("builder", "family")
-UNIT_VECTORS = [Symbol(f"{name}_unit") for name in "ijk"]
 # In what some units are compared with others, and what one of them is.
-BASE_UNITS = {"%": ("", Rational(1, 100)), "deg": ("", divide(sympy.pi, Integer(180)))}
-BASE_UNITS |= {
+BASE_UNITS = {
     unit: (base, Rational(size))
     for unit, base, size in map(
         str.split,
-        """
+        """\
 cent dollar 1/100
 mm m 1/1000
 cm m 1/100
@@ -2335,44 +2024,35 @@ km m 1000
 g kg 1/1000
 min s 60
 h s 3600
-""".strip().splitlines(),
+""".splitlines(),
     )
 }
+BASE_UNITS |= {"%": ("", Rational(1, 100)), "deg": ("", DEGREE)}
 
 
-def equal_values(left, right):
+def equal_values(left, right, in_list=False):
     """By the table above: relations by what they say, leaves by value, collections by items."""
     left = unwrap_singleton(left)
     right = unwrap_singleton(right)
-    if is_kind(left, *FAMILIES) != is_kind(right, *FAMILIES):  # 3k, k ∈ ℤ is 3k
-        left = left.items[0] if is_kind(left, "family") else left
-        right = right.items[0] if is_kind(right, "family") else right
     if isinstance(left, Relation) and isinstance(right, Relation):
-        return equal_relations(left, right)
-    left, right = (denoted_value(it) if isinstance(it, Relation) else it for it in (left, right))
-    types = {type(left), type(right)}
-    if types == {Leaf}:
+        return equal_relations(left, right, in_list)
+    if is_kind(left, "builder") != is_kind(right, "builder"):  # 3k, k ∈ ℤ is 3k
+        left = left.items[0] if is_kind(left, "builder") else left
+        right = right.items[0] if is_kind(right, "builder") else right
+    left = denoted_value(left)
+    right = denoted_value(right)
+    if isinstance(left, Leaf) and isinstance(right, Leaf):
         return equal_leaves(left, right)
-    if types == {Seq}:
+    if isinstance(left, Seq) and isinstance(right, Seq):
         return equal_collections(left, right)
-    if types == {Leaf, Seq}:
-        return equal_vectors(left, right) or equal_vectors(right, left)
-    return types == {str} and left == right
-
-
-def equal_vectors(leaf, vector):
-    """2i + 3j and (2, 3)."""
-    if not is_kind(vector, "matrix", "()") or leaf.expr.free_symbols.isdisjoint(UNIT_VECTORS):
-        return False
-    terms = [as_expr(scale(unit, item)) for unit, item in zip(UNIT_VECTORS, vector.items)]
-    return len(vector.items) <= 3 and equal_exprs(leaf.expr, add(*terms))
+    return isinstance(left, str) and left == right
 
 
 def unwrap_singleton(value):
     """A collection of one value is that value; a set may repeat it."""
     while is_kind(value, *UNORDERED) and value.items:
         first, *others = value.items
-        if others and (value.kind != "set" or not all(equal_values(first, it) for it in others)):
+        if others and (value.kind != "set" or not is_within(others, [first])):
             break
         value = first
     return value
@@ -2380,32 +2060,21 @@ def unwrap_singleton(value):
 
 def equal_leaves(left, right):
     """Numbers with or without units: 5 cm is 5 and not 5 m; 50% is 50 and 0.5; 50 cents is 50 and
-    $0.50."""
+    $0.50. 5 (mod 7) is 12 (mod 7) and not 5 (mod 8)."""
     if left.modulus is not None and right.modulus is not None:
-        return equal_remainders(left, right)
+        if not equal_exprs(left.modulus, right.modulus):
+            return False
+        turns = divide(add(left.expr, negate(right.expr)), left.modulus)
+        return bool(turns.is_Integer) or equal_exprs(left.expr, right.expr)
     approximate = left.approximate or right.approximate
     agree = left.unit == right.unit or not (left.unit and right.unit)
     if agree and equal_exprs(left.expr, right.expr, approximate):
         return True
-    if left.unit == right.unit:
-        return False
-    left = in_base_unit(left)
-    right = in_base_unit(right)
-    return left.unit == right.unit and equal_exprs(left.expr, right.expr, approximate)
-
-
-def in_base_unit(leaf):
-    """5 cm -> 1/20 m; 5% -> 1/20."""
-    unit, size = BASE_UNITS.get(leaf.unit, (leaf.unit, Integer(1)))
-    return leaf._replace(unit=unit, expr=multiply(leaf.expr, size))
-
-
-def equal_remainders(left, right):
-    """5 (mod 7) and 12 (mod 7); not 5 (mod 8)."""
-    if not equal_exprs(left.modulus, right.modulus):
-        return False
-    turns = divide(add(left.expr, negate(right.expr)), left.modulus)
-    return bool(turns.is_Integer) or equal_exprs(left.expr, right.expr)
+    unit, size = BASE_UNITS.get(left.unit, (left.unit, Integer(1)))
+    other_unit, other_size = BASE_UNITS.get(right.unit, (right.unit, Integer(1)))
+    converted = left.unit != right.unit and unit == other_unit
+    x = multiply(left.expr, size)
+    return converted and equal_exprs(x, multiply(right.expr, other_size), approximate)
 
 
 def is_constant(value):
@@ -2413,54 +2082,63 @@ def is_constant(value):
     return isinstance(value, Leaf) and not value.expr.free_symbols
 
 
-def denoted_value(relation):
+def denoted_value(value):
     """What a relation says of one thing. The value: x = 5, f(x) = 5, 2 + 3 = 5, Area = 5, x in {5}
     -> 5. Intervals, for inequalities in one variable with constant ends: 1 < x <= 2 -> (1,2]. None
-    for a real equation."""
-    sides, ops = relation
+    for a real equation. Other values stay."""
+    if not isinstance(value, Relation):
+        return value
+    sides, ops = value
     names = [name_of(side) for side in sides]
     if {*ops} <= {"=", "∈"}:
-        if len(sides) == 2 and names[1] and is_constant(sides[0]):
-            return sides[0]
         constants = [side for side in sides if is_constant(side)]
         if not any(names) and not all(equal_leaves(constants[0], it) for it in constants[1:]):
             return None  # 3 = 5
         calculated = is_constant(sides[-1]) and (len(sides) > 2 or is_constant(sides[0]))
         return sides[-1] if names[0] or calculated else None
-    if ops == ("!=",):
-        ends = [side for side, name in zip(sides, names) if not name]
-        if len(ends) == 1 and is_rational(ends[0]):
-            return complement(Seq("set", tuple(ends)))
-        return None
+    ends = [side for side, name in zip(sides, names) if not name]
+    if ops == ("!=",) and len(ends) == 1 and is_rational(ends[0]):
+        return complement(Seq("set", tuple(ends)))
     return interval_of(sides, ops)
 
 
 def interval_of(sides, ops):
     """1 < x <= 2 -> (1,2]; x < 2 is -oo < x < 2. None if the ends are no constants."""
-    if len(sides) == 2:
-        low, high = REAL_LINE.items
-        if name_of(sides[0]):
-            sides = (low, *sides)
-            ops = ("<", *ops)
-        else:
-            sides = (*sides, high)
-            ops = (*ops, "<")
-    if len(sides) > 3 or not {*ops} <= {"<", "<="} or not name_of(sides[1]):
+    if not {*ops} <= {"<", "<="}:
         return None
-    ends = sides[::2]
-    if not all(map(is_constant, ends)):
+    low, high = REAL_LINE.items
+    if name_of(sides[0]):
+        sides = (low, *sides)
+        ops = ("<", *ops)
+    if name_of(sides[-1]):
+        sides = (*sides, high)
+        ops = (*ops, "<")
+    if len(sides) != 3 or not name_of(sides[1]) or not all(map(is_constant, sides[::2])):
         return None
-    opening = "(" if ops[0] == "<" else "["
-    closing = ")" if ops[1] == "<" else "]"
-    return Seq(opening + closing, ends)
+    kind = ("(" if ops[0] == "<" else "[") + (")" if ops[1] == "<" else "]")
+    return Seq(kind, sides[::2])
 
 
-def equal_relations(left, right, in_list=False):
+def intersection(conditions):
+    """x > 2 and x < 5 -> (2,5); None for other conditions."""
+    if not all(map(is_condition, conditions)) or len({*map(first_name, conditions)}) > 1:
+        return None
+    rays = [interval_of(*condition) for condition in conditions]
+    lowest, highest = REAL_LINE.items
+    if len(rays) == 2 and None not in rays:
+        low, high = sorted(rays, key=lambda ray: ray.items[0] == lowest)
+        if low.items[1] == highest and high.items[0] == lowest:
+            return Seq(low.kind[0] + high.kind[1], (low.items[0], high.items[1]))
+    return None
+
+
+def equal_relations(left, right, in_list):
     """x = 5 and 5 = x; y = 2x + 1 and 2x - y + 1 = 0; x > 1 and -2 > -2x; not x = 5 and y = 5. What
     stands alone may have any name in words: Area = 5 and x = 5, f(x) = 2x and y = 2x."""
     one = first_name(left)
     other = first_name(right)
-    in_words = any(isinstance(side, str) for side in left.sides + right.sides)
+    sides = left.sides + right.sides
+    in_words = any(isinstance(side, str) for side in sides)
     if one == other or (not in_list and (in_words or ("(" in one) != ("(" in other))):
         denoted = [denoted_value(left), denoted_value(right)]
         if None not in denoted and equal_values(*denoted):
@@ -2469,15 +2147,10 @@ def equal_relations(left, right, in_list=False):
         return False
     if "≡" in left.ops or "∈" in left.ops:
         return all(map(equal_values, left.sides, right.sides))
-    if not all(isinstance(side, Leaf) for side in left.sides + right.sides):
+    if not all(isinstance(side, Leaf) for side in sides):
         return False
     steps = zip(differences(left), differences(right), left.ops)
     return all(proportional(x, y, positive="<" in op) for x, y, op in steps)
-
-
-def first_name(relation):
-    """The first side that only names something."""
-    return next(filter(None, map(name_of, relation.sides)), "")
 
 
 def differences(relation):
@@ -2490,28 +2163,32 @@ def equal_collections(left, right):
     kinds = {left.kind, right.kind}
     if kinds == {"and", "or"}:
         return False
-    if kinds <= {*FAMILIES}:
-        return all(map(equal_values, left.items, right.items))
-    if "ratio" in kinds:
-        return len(kinds) == 1 and equal_ratios(left.items, right.items)
     for one, other in ((left, right), (right, left)):  # x > 2, x < 5 is also (2,5)
-        conditions = one.kind == "list" and all(map(is_condition, one.items))
-        both = chained(one.items) if conditions and other.kind != "or" else None
-        if both and equal_values(both, other):
-            return True
-    if "union" in kinds or kinds == {"set"}:
+        if one.kind in ("list", "and") and other.kind != "or":
+            both = intersection(one.items)
+            if both and equal_values(both, other):
+                return True
+    points = kinds <= {*UNORDERED} and all(isinstance(it, Seq) for it in left.items + right.items)
+    if points or "union" in kinds or kinds == {"set"}:  # these repeat nothing
         ones, others = (seq.items if seq.kind in UNORDERED else [seq] for seq in (left, right))
         return is_within(ones, others) and is_within(others, ones)
     if kinds <= {*UNORDERED}:
         return equal_lists(left, right)
+    if len(left.items) != len(right.items):
+        return False
+    pairs = list(zip(left.items, right.items))
+    if kinds == {"ratio"}:
+        first, other = pairs[0]
+        return all(
+            equal_exprs(multiply(first.expr, y.expr), multiply(other.expr, x.expr))
+            for x, y in pairs
+        )
     if kinds == {"cases"}:
         return equal_in_some_order(left.items, right.items)
-    if len(left.items) != len(right.items) or "set" in kinds:
-        return False
     brackets_differ = len(kinds) == 2 and kinds.isdisjoint(("list", "and", "matrix"))
-    if brackets_differ and (len(left.items) == 2 or kinds != {"()", "[]"}):
+    if brackets_differ and (len(pairs) == 2 or kinds != {"()", "[]"}):
         return False  # (0,1) and [0,1] are intervals
-    return all(map(equal_values, left.items, right.items))
+    return kinds.isdisjoint(("set", "or")) and all(equal_values(x, y) for x, y in pairs)
 
 
 def is_within(ones, others):
@@ -2521,57 +2198,38 @@ def is_within(ones, others):
 def equal_lists(left, right):
     """In any order, but each value as often: 1,1,2 is not 1,2,2. Labels count: not x = 1, y = 2 and
     x = 2, y = 1; a list without labels is in the order of one with labels."""
-    labels = [labels_of(seq) for seq in (left, right)]
-    in_order = bool(labels[0]) != bool(labels[1]) and "set" not in (left.kind, right.kind)
-    if in_order and len({*labels[0], *labels[1]}) > 1:
-        return len(left.items) == len(right.items) and all(
-            map(equal_values, left.items, right.items)
-        )
-    if all(isinstance(item, Seq) for item in left.items + right.items):  # points repeat nothing
-        return is_within(left.items, right.items) and is_within(right.items, left.items)
+    labels = labels_of(left)
+    others = labels_of(right)
+    in_order = bool(labels) != bool(others) and "set" not in (left.kind, right.kind)
+    if in_order and len({*labels, *others}) > 1:
+        same_length = len(left.items) == len(right.items)
+        return same_length and all(map(equal_values, left.items, right.items))
     return equal_in_some_order(left.items, right.items)
 
 
 def labels_of(seq):
     """The labels of x = 1, y = 2; none where one value has none."""
-    if not all(isinstance(item, Relation) and item.ops == ("=",) for item in seq.items):
-        return []
-    labels = [first_name(item) for item in seq.items]
+    labels = [
+        first_name(item) if isinstance(item, Relation) and item.ops == ("=",) else ""
+        for item in seq.items
+    ]
     return labels if all(labels) else []
 
 
 def equal_in_some_order(ones, others):
-    """Each of one side equals one of the other, which is then taken."""
+    """Each of one side equals one of the other, which is then taken. Labels must agree."""
     rest = [*others]
-    if len(ones) != len(rest):
-        return False
     for one in ones:
-        place = next((i for i, other in enumerate(rest) if equal_items(one, other)), None)
-        if place is None:
+        for place, other in enumerate(rest):
+            if equal_values(one, other, in_list=True):
+                del rest[place]
+                break
+        else:
             return False
-        del rest[place]
-    return True
+    return not rest
 
 
-def equal_items(one, other):
-    """As equal_values, but labels must agree."""
-    if isinstance(one, Relation) and isinstance(other, Relation):
-        return equal_relations(one, other, in_list=True)
-    return equal_values(one, other)
-
-
-def equal_ratios(ones, others):
-    """1:2:3 and 2:4:6."""
-    if len(ones) != len(others):
-        return False
-    pairs = pairwise(zip(ones, others))
-    return all(
-        equal_exprs(multiply(a.expr, other_b.expr), multiply(b.expr, other_a.expr))
-        for (a, other_a), (b, other_b) in pairs
-    )
-
-
-CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(am|pm)?", re.I)
+CLOCK = re.compile(r"(\d|[01]\d|2[0-4])(?=:|[ap]m)(?::([0-5]\d))?([ap]m)?", re.I)
 OPTION = re.compile(r"\W{0,3}([A-J])\s{0,2}[).:]\s*(\S.*)", re.S)
 # What a value looks like: a sign; an integer, a decimal, one fraction or mixed number, a number
 # times a power of ten, a power; a unit.
@@ -2582,7 +2240,7 @@ VALUE = re.compile(
     r"|\d+(?:\.\d+)?/\d+(?:\.\d+)?"
     r"|\\frac(?:\{[-+]?[\d.]+\}|\d)(?:\{[-+]?[\d.]+\}|\d)"
     r"|(?P<power>\d+\^\{?\d+\}?)"
-    r")(?:°|%|°?(?!squared|cubed|factorial|.*pi)[A-Za-z]{2,}(?:[/*][A-Za-z]+)*(?:\^\{?-?\d\}?)?"
+    r")(?:°|%|°?(?!.*pi)[A-Za-z]{2,}(?:[/*][A-Za-z]+)*(?:\^\{?-?\d\}?)?"
     r"|°?[mgshLNJWVACFKT](?:[/*][A-Za-z]+)*(?:\^\{?-?\d\}?)?)?"
 )
 
@@ -2591,12 +2249,13 @@ def read_clock(text):
     """(minutes on a dial of 12 hours, am or pm or "") of 4:20 pm, 16:20 and 4:20; None for other
     text and for times that no clock shows."""
     match = CLOCK.fullmatch(text)
-    hour, minute, half = match.groups("") if match else ("", "", "")
-    if not (minute or half) or int(minute or 0) > 59 or int(hour) > (12 if half else 24):
+    if not match:
         return None
-    if not half and not 1 <= int(hour) <= 12:
-        half = "pm" if int(hour) > 12 else "am"
-    return int(hour) % 12 * 60 + int(minute or 0), half.lower()
+    hour = int(match[1])
+    half = (match[3] or "").lower()
+    if not half and not 1 <= hour <= 12:
+        half = "pm" if hour > 12 else "am"
+    return hour % 12 * 60 + int(match[2] or 0), half
 
 
 def compare(answer, reference):
@@ -2604,15 +2263,15 @@ def compare(answer, reference):
     a time of day where a side says am or pm, or where the reference is written so."""
     left = parse(answer)
     right = parse(reference)
-    clocks = [read_clock(left.text), read_clock(right.text)]
-    if clocks[1] or (clocks[0] and clocks[0][1]):
-        if None in clocks:
+    clock = read_clock(left.text)
+    other = read_clock(right.text)
+    if other or (clock and clock[1]):
+        if not (clock and other):
             return left.text == right.text
-        (minutes, half), (other_minutes, other_half) = clocks
-        return minutes == other_minutes and (half == other_half or not (half and other_half))
-    if left.bound and right.bound:
-        left = parse(answer, renamed=left.bound)
-        right = parse(reference, renamed=right.bound)
+        return clock[0] == other[0] and (clock[1] == other[1] or "" in (clock[1], other[1]))
+    if "∈" in left.text and "∈" in right.text:
+        left = parse(answer, renamed=True)
+        right = parse(reference, renamed=True)
     return (
         left.text == right.text
         or equal_parsed(left, right)
@@ -2625,10 +2284,10 @@ def equal_in_another_reading(one, other, spelling):
     """The other as an option "(C) 15", which is "C" and is "15"; or 1,234 as a list, beside a
     collection."""
     option = OPTION.match(other.text)
+    letter = re.fullmatch(r"\(?([A-J])\)?", one.text)
+    if option and letter:
+        return option[1] == letter[1]
     if option:
-        letter = re.fullmatch("[A-J]", one.text.strip("()"))
-        if letter:
-            return option[1] == letter[0]
         return parse(option[2]).text == one.text
     listed = isinstance(one.value, Seq) and isinstance(other.value, Leaf) and "," in spelling
     return listed and equal_parsed(one, parse(spelling, thousands=False))
@@ -2647,9 +2306,8 @@ def is_value(answer, value):
     """Whether nothing is left to calculate: -5, 10/2, 1 4/5, 3 × 10^5, 3+2 = 5. Not 3+2, 5!, 52_8,
     {12}34; not 2^10 nor √25, which are shorter as 1024 and 5."""
     text = parse(answer).text.rpartition("=")[2]
-    for opening, closing in (("(", ")"), ("{", "}"), (r"\{", r"\}")):
-        if text.startswith(opening) and text.endswith(closing):
-            text = text[len(opening) : -len(closing)]
+    bracketed = re.fullmatch(r"(?:\(|\\?\{)(.*?)(?:\)|\\?\})", text)
+    text = bracketed[1] if bracketed else text
     match = VALUE.fullmatch(text)
     if match and match["mixed"]:
         mixed = MIXED_NUMBER.fullmatch(match["mixed"])
@@ -2733,7 +2391,6 @@ def explain(
     r"""grade's verdict and its reason: "\boxed{5+}" -> "unparsed answer: ends too early"."""
     options = {"require_value": require_value, "in_thought": in_thought}
     answer, correct, _ = grade(response, reference, **options)
-    rule = find_answer(response, in_thought).rule
     if answer is None:
         why = "no answer"
     elif correct:
@@ -2743,20 +2400,21 @@ def explain(
     else:
         parsed = parse(reference_answer(answer))
         why = "wrong" if parsed.value is not None else f"unparsed answer: {parsed.why}"
-    return Explanation(correct, answer, rule, why)
+    return Explanation(correct, answer, find_answer(response, in_thought).rule, why)
 
 
 def describe(value):
     """How an answer was read: "1 < x <= 2", "set(1, 2)", "5 cm"."""
+    if isinstance(value, Parsed):
+        return f"text ({value.why})" if value.value is None else describe(value.value)
     if isinstance(value, Leaf):
-        modulus = "" if value.modulus is None else f"(mod {value.modulus})"
-        return f"{value.expr} {value.unit} {modulus}".strip()
-    if isinstance(value, Relation):
-        sides = [describe(side) for side in value.sides]
-        return sides[0] + "".join(f" {op} {side}" for op, side in zip(value.ops, sides[1:]))
+        return f"{value.expr} {value.unit}".strip()
     if isinstance(value, Seq):
         return f"{value.kind}({', '.join(map(describe, value.items))})"
-    return f"words: {value}"
+    if not isinstance(value, Relation):
+        return f"words: {value}"
+    sides = map(describe, value.sides)
+    return " ".join(chain.from_iterable(zip(sides, (*value.ops, "")))).strip()
 
 
 def difference(left, right):
@@ -2769,20 +2427,18 @@ def difference(left, right):
         if parsed.value is None:
             return f"only the same text is equal to {parsed.text}: {parsed.why}"
     one, other = (unwrap_singleton(parsed.value) for parsed in (left, right))
-    if type(one) is not type(other) or not isinstance(one, Leaf):
+    if not isinstance(one, Leaf) or not isinstance(other, Leaf):
         return "see docs/checker.md for what is equal to such answers"
     if one.unit and other.unit and one.unit != other.unit:
         return "other units"
-    x, y = one.expr, other.expr
     with LOCK:
-        precision = choose_precision(x, y)
-        for point in choose_points(x, y):
-            if equal_at(x, y, point, precision, approximate=False) is False:
-                found = [value_at(expr, point, precision).value for expr in (x, y)]
-                values = " and ".join(NUMBERS.nstr(value, 12) for value in found)
-                names = sorted(names_in([x, y]))
-                place = [f" at {name} = {NUMBERS.nstr(point.value(name), 5)}" for name in names]
-                return values + "".join(place)
+        for point in choose_points(one.expr, other.expr):
+            found = values_at(one.expr, other.expr, point)
+            if found and not is_close(*found):
+                said = " and ".join(NUMBERS.nstr(value) for value in found[:2])
+                for name in sorted(names_in([one.expr, other.expr])):
+                    said += f" at {name} = {NUMBERS.nstr(point.value(name), 5)}"
+                return said
     return "their values could not be compared"
 
 
@@ -2791,35 +2447,29 @@ def print_explanation(response, reference):
     correct, answer, rule, why = explain(response, reference)
     lines = [f"{'correct' if correct else 'wrong'} ({why})", f"answer     {answer} (rule: {rule})"]
     if answer is not None:
-        left = parse(reference_answer(answer))
-        right = parse(reference_answer(reference))
-        for name, parsed in (("read as", left), ("reference", right)):
-            read = f"text ({parsed.why})" if parsed.value is None else describe(parsed.value)
-            lines.append(f"{name:10} {read}")
+        left, right = (parse(reference_answer(text)) for text in (answer, reference))
+        lines.append(f"read as    {describe(left)}")
+        lines.append(f"reference  {describe(right)}")
         lines.append(f"because    {difference(left, right)}")
     for line in lines:
         print(line.encode("unicode_escape").decode().replace(r"\\", "\\"))
 
 
-def equal_either_way(one, other):
-    return compare(one, other) or (":" in one and compare(other, one))
+def is_same_class(answer, other):
+    """Equal; times of day look at which is the reference: in either direction, then."""
+    return is_equivalent(answer, other) or (":" in answer and is_equivalent(other, answer))
 
 
 def answer_classes(answers: list[str | None]) -> list[int]:
     """The class of each answer, numbered by first appearance; -1 where there is none. Equality (the
     same in both directions) is closed transitively, so the partition does not depend on the
     order."""
-    spellings = {answer: reference_answer(answer) for answer in answers if answer is not None}
     groups = []
-    for answer, spelling in spellings.items():
-        joined = [answer]
-        others = []
-        for group in groups:  # times of day look at the reference: in either direction, then
-            if any(equal_either_way(spelling, spellings[other]) for other in group):
-                joined = group + joined
-            else:
-                others.append(group)
-        groups = [*others, joined]
+    for answer in dict.fromkeys(answers):
+        if answer is not None:
+            equal = [group for group in groups if any(is_same_class(answer, it) for it in group)]
+            groups = [group for group in groups if group not in equal]
+            groups.append([answer, *chain.from_iterable(equal)])
     group_of = {answer: i for i, group in enumerate(groups) for answer in group}
     numbers = {None: -1}
     for answer in answers:
@@ -2843,14 +2493,6 @@ class Group(NamedTuple):
     failed: list[str]  # "", or what the grader died of: time, cpu, memory, crash, exception
 
 
-class Job(NamedTuple):
-    """The responses to one prompt, and what grade needs to know."""
-
-    responses: list[str]
-    reference: str
-    options: dict  # grade's keywords
-
-
 class Reply(NamedTuple):
     """What came back from a worker."""
 
@@ -2868,12 +2510,16 @@ def from_bytes(message):
     return json.loads(message.decode("utf-8", "surrogatepass"))
 
 
-def printable(text, limit=200):
+def exception_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def printable(text):
     """The end of a text in printable ASCII."""
-    return ascii(text[-limit:])[:limit]
+    return ascii(text[-200:])[:200]
 
 
-def checked_grade(result) -> Grade:
+def checked_grade(result):
     """What a user's grader returned, as a Grade; ValueError or TypeError if it is none."""
     answer, correct, reward = result
     if not isinstance(answer, str | None):
@@ -2900,8 +2546,7 @@ def load_grader(name):
         grader = getattr(module, function)
         inspect.signature(grader).bind("response", "reference", **options)
     except (Exception, SystemExit) as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{name}: cannot be loaded ({line[:200]})") from error
+        raise ValueError(f"{name}: cannot be loaded ({exception_line(error)})") from error
     return grader
 
 
@@ -2948,7 +2593,7 @@ class Worker:
                 return Reply(*from_bytes(self.pipe.recv_bytes()))
         return None
 
-    def call(self, function: str, *arguments, **options) -> Reply:
+    def call(self, function, *arguments, **options):
         """Run a function of this file, or the user's grader, in the worker."""
         if self.requests >= MAX_REQUESTS:
             self.end()
@@ -2975,58 +2620,49 @@ class Worker:
         self.pipe.close()
         return died_of
 
-    def grade_response(self, response: str, job: Job) -> tuple[Grade, str]:
+    def grade_response(self, response, reference, options):
         """(grade, what it failed of). A response that the grader failed on is wrong, reward 0."""
-        reply = self.call("grade", response, job.reference, **job.options)
+        reply = self.call("grade", response, reference, **options)
         if not reply.failed:
             return Grade(*reply.value), ""
         self.verifier.count_failure(reply, response)
         answer = None
         if not self.verifier.reward:  # its answer may still be known, for its class
-            answer = self.call("extract_answer", response, job.options["in_thought"]).value
+            answer = self.call("extract_answer", response, options["in_thought"]).value
         return Grade(answer, False, 0.0), reply.failed
 
-    def grade_group(self, job: Job) -> Group:
-        """Grade each distinct response once, then sort the wrong answers into classes."""
+    def grade_group(self, responses, reference, options):
+        """Grade each distinct response once, then sort the wrong answers into classes. An answer
+        that grading failed on is classed by its spelling."""
         results = {}
-        for response in dict.fromkeys(job.responses):
-            results[response] = self.grade_response(response, job)
-        wrong = [
-            grade.answer for grade, failed in results.values() if not (grade.correct or failed)
-        ]
-        labels = self.label_answers(
-            [answer for answer in dict.fromkeys(wrong) if answer is not None]
-        )
+        for response in dict.fromkeys(responses):
+            results[response] = self.grade_response(response, reference, options)
+        keys = {None: -1}  # of an answer: what its class is called
+        wrong = {}
+        for grade, failed in results.values():
+            if not grade.correct and grade.answer is not None:
+                keys[grade.answer] = ("".join(grade.answer.split()),)
+                if not failed:
+                    wrong[grade.answer] = None
+        keys |= self.label_answers([*wrong])
 
-        numbers = {}  # of the classes, by first appearance
-        classes = []
-        for grade, _ in map(results.get, job.responses):
-            if grade.correct:
-                key = "correct"
-            elif grade.answer is None:
-                classes.append(-1)
-                continue
-            else:  # an answer that grading failed on is classed by its spelling
-                key = (labels.get(grade.answer, "".join(grade.answer.split())),)
-            classes.append(numbers.setdefault(key, len(numbers)))
-
-        grades = [results[response][0] for response in job.responses]
-        return Group(
-            answers=[grade.answer for grade in grades],
-            correct=[grade.correct for grade in grades],
-            rewards=[grade.reward for grade in grades],
-            classes=classes,
-            failed=[results[response][1] for response in job.responses],
-        )
+        numbers = {-1: -1}  # of the classes, by first appearance
+        group = Group([], [], [], [], [])
+        for grade, failed in map(results.get, responses):
+            key = "correct" if grade.correct else keys[grade.answer]
+            group.answers.append(grade.answer)
+            group.correct.append(grade.correct)
+            group.rewards.append(grade.reward)
+            group.classes.append(numbers.setdefault(key, len(numbers) - 1))
+            group.failed.append(failed)
+        return group
 
     def label_answers(self, answers):
-        """The class of each distinct answer; its spelling where that takes too much."""
-        if len(answers) < 2:
-            return {answer: answer for answer in answers}
-        reply = self.call("answer_classes", answers)
+        """The class of each distinct answer; none where that takes too much."""
+        reply = self.call("answer_classes", answers) if len(answers) > 1 else Reply([])
         if reply.failed:
             self.verifier.count_failure(reply, ", ".join(answers))
-        return dict(zip(answers, reply.value or answers))
+        return dict(zip(answers, reply.value or ()))
 
 
 class Verifier(contextlib.AbstractContextManager):
@@ -3048,7 +2684,7 @@ class Verifier(contextlib.AbstractContextManager):
             )
         if workers < 1 or timeout <= 0:
             raise ValueError(
-                f"workers must be at least 1 and timeout above 0, not {workers} and {timeout}"
+                f"workers must be at least 1 and timeout above 0, not {workers}, {timeout}"
             )
         if sys.platform != "linux":
             warnings.warn("this system has no memory limit for the checker's workers", stacklevel=2)
@@ -3086,9 +2722,9 @@ class Verifier(contextlib.AbstractContextManager):
         length P: grade's arguments for the responses to one prompt."""
         count = len(references)
         columns = {
-            "problem": [""] * count if problems is None else problems,
-            "require_value": [False] * count if require_value is None else require_value,
-            "in_thought": [False] * count if in_thought is None else in_thought,
+            "problem": problems or [""] * count,
+            "require_value": require_value or [False] * count,
+            "in_thought": in_thought or [False] * count,
         }
         lengths = [len(column) for column in (responses, references, *columns.values())]
         if len(set(lengths)) > 1:
@@ -3098,17 +2734,15 @@ class Verifier(contextlib.AbstractContextManager):
             )
         with self.lock:
             while len(self.threads) < self.workers:
-                thread = threading.Thread(target=self.serve, daemon=True)
-                self.threads.append(thread)
-                thread.start()
-        futures = [Future() for _ in references]
-        for future, group, reference, *values in zip(
-            futures, responses, references, *columns.values()
-        ):
-            self.jobs.put((future, Job(group, reference, dict(zip(columns, values)))))
+                self.threads.append(threading.Thread(target=self.serve, daemon=True))
+                self.threads[-1].start()
+        futures = []
+        for group, reference, *values in zip(responses, references, *columns.values()):
+            futures.append(Future())
+            self.jobs.put((futures[-1], group, reference, dict(zip(columns, values))))
         return [future.result() for future in futures]
 
-    def self_consistent(self, references) -> list[bool]:
+    def self_consistent(self, references):
         """Whether each reference equals itself in a box: no response could earn another."""
         responses = [[f"\\boxed{{{reference}}}"] for reference in references]
         return [group.correct[0] for group in self.grade_groups(responses, references)]
@@ -3116,10 +2750,10 @@ class Verifier(contextlib.AbstractContextManager):
     def serve(self):
         """The life of a thread: jobs from the queue, for its own worker."""
         worker = Worker(self)
-        while (entry := self.jobs.get()) is not None:
-            future, job = entry
+        while job := self.jobs.get():
+            future, *arguments = job
             try:
-                future.set_result(worker.grade_group(job))
+                future.set_result(worker.grade_group(*arguments))
             except Exception as error:  # belongs to the caller of grade_groups()
                 future.set_exception(error)
         worker.end()
@@ -3167,15 +2801,14 @@ def answer_request(functions, request):
     except MemoryError:
         return Reply(failed="memory")
     except Exception as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        return Reply(failed="exception", error=line[:200])
+        return Reply(failed="exception", error=exception_line(error))
 
 
 def serve_requests(pipe, parent, timeout, memory_mb, reward):
     """A worker's life. It ends with its parent (EOF, and the death signal on Linux) and on a
     runaway answer (CPU, memory)."""
-    limit_worker(parent, memory_mb)
-    connection = multiprocessing.connection.Connection(pipe)
+    limit_worker(int(parent), int(memory_mb))
+    connection = multiprocessing.connection.Connection(int(pipe))
     try:
         grader = load_grader(reward) if reward else grade
     except ValueError as error:
@@ -3193,63 +2826,40 @@ def serve_requests(pipe, parent, timeout, memory_mb, reward):
         while True:
             connection.send_bytes(to_bytes(reply))
             request = from_bytes(connection.recv_bytes())
-            limit_cpu(timeout)
+            limit_cpu(float(timeout))
             reply = answer_request(functions, request)
 
 
 # -- audit -----------------------------------------------------------------------------------------
-def text_of(fields, *names: str):
-    """The first of these fields that is text."""
-    return next((fields[name] for name in names if isinstance(fields.get(name), str)), None)
-
-
-def audit_line(fields, place):
-    """(seconds, rule, verdict, a line to show) of one line of a file."""
-    if not isinstance(fields, dict):
-        raise ValueError(f"{place}: a JSON object is needed")
-    response = text_of(fields, "response", "pred", "completion")
-    reference = text_of(fields, "reference", "gold", "answer")
-    if response is None or reference is None:
-        raise ValueError(f'{place}: "response" and "reference" are needed, as text')
-    start = time.perf_counter()
-    options = {name: bool(fields.get(name)) for name in ("require_value", "in_thought")}
-    _, answer, rule, why = explain(response, reference, **options)
-    seconds = time.perf_counter() - start
-    line = f"  {place}: {str(answer)[:60]!a} for {reference[:60]!a} ({rule}; {why})"
-    return seconds, rule, why.split(":")[0], line
-
-
-def audit(path: str, shown: int = 5) -> None:
-    """What the checker made of a JSONL of responses: found by which rule, parsed or not, the
-    slowest, and examples."""
-    results = []
-    with open(path, encoding="utf-8") as file:
-        for row, text in enumerate(file, 1):
-            place = f"{path}:{row}"
-            try:
-                fields = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
-            results.append(audit_line(fields, place))
+def audit(path, shown=5):
+    """What the checker made of a JSONL of responses: found by which rule, parsed or not, and
+    examples."""
+    rules = Counter()
+    verdicts = Counter()
     examples = {}
-    for _, _, verdict, line in results:
+    for row, fields in read_jsonl(path, path):
+        place = f"{path}:{row + 1}"
+        if not isinstance(fields, dict):
+            raise ValueError(f"{place}: a JSON object is needed")
+        response = fields.get("response", fields.get("pred"))
+        reference = fields.get("reference", fields.get("gold"))
+        if not isinstance(response, str) or not isinstance(reference, str):
+            raise ValueError(f'{place}: "response" and "reference" are needed, as text')
+        options = [bool(fields.get(name)) for name in ("require_value", "in_thought")]
+        _, answer, rule, why = explain(response, reference, *options)
+        verdict = why.partition(":")[0]
+        rules[rule] += 1
+        verdicts[verdict] += 1
+        line = f"  {place}: {str(answer)[:60]!a} for {reference[:60]!a} ({rule}; {why})"
         examples.setdefault(verdict, []).append(line)
-    for title, column in (("found by", 1), ("verdicts", 2)):
-        counts = Counter(result[column] for result in results).most_common()
-        print(f"{title}:", ", ".join(f"{name} {n} ({n / len(results):.1%})" for name, n in counts))
-    print("slowest:")
-    for seconds, _, _, line in sorted(results, reverse=True)[:shown]:
-        print(f"{line} {seconds * 1e3:.1f} ms")
+    for title, counts in (("found by", rules), ("verdicts", verdicts)):
+        shares = (f"{name} {n} ({n / counts.total():.1%})" for name, n in counts.most_common())
+        print(f"{title}:", ", ".join(shares))
     for verdict, lines in examples.items():
         print(f"{verdict}:", *lines[:: max(1, len(lines) // shown)][:shown], sep="\n")
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--worker"]:  # started by Worker.start
-        pipe, parent, timeout, memory_mb, reward = argv[1:]
-        serve_requests(int(pipe), int(parent), float(timeout), int(memory_mb), reward)
-        return
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Check answers of models.")
     commands = parser.add_mutually_exclusive_group(required=True)
     commands.add_argument("--audit", metavar="FILE", help="JSONL of response and reference")
@@ -3259,15 +2869,18 @@ def main(argv: list[str] | None = None) -> None:
         nargs=2,
         help="the answer found, how both are read, and why they are equal or not",
     )
+    commands.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)  # see Worker.start
     args = parser.parse_args(argv)
-    if args.explain:
+    if args.worker:
+        serve_requests(*args.worker)
+    elif args.explain:
         print_explanation(*args.explain)
-        return
-    try:
-        audit(args.audit)
-    except (OSError, ValueError) as error:
-        print(f"reward.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    else:
+        try:
+            audit(args.audit)
+        except (OSError, ValueError) as error:
+            print(f"reward.py: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

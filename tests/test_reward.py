@@ -151,7 +151,6 @@ EQUAL = [
     (r"25 \text{ units}", "25"),
     (r"7 \text{ days}", "7"),
     ("x=5", "5"),
-    ("5=x", "5"),
     ("x = 5", "x=5.0"),
     ("x_1 = 3", "3"),
     ("f(x)=x^2", "x^2"),
@@ -257,7 +256,6 @@ EQUAL = [
     ("2^{2n}", "4^n"),
     (r"\cos 2x", r"1-2\sin^2x"),
     (r"\sec x", r"1/\cos x"),
-    ("sinx", "sin(x)"),
     ("f(x)+g(x)", "g(x)+f(x)"),
     ("x_1+x_2", "x_2+x_1"),
     ("(n+1)!", "(n+1) n!"),
@@ -1200,7 +1198,6 @@ def test_audit(tmp_path, capsys):
         "right 1",
         "unparsed answer 1",
         "no answer 1",
-        "slowest",
         f"{path}:2",
     ):
         assert part in said
