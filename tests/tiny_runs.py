@@ -355,4 +355,5 @@ def child(argv, event, count):
 def quiet_child(argv):
     train.Verifier = Judge
     train.SAMPLES_EVERY = SAMPLES_EVERY
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which ignores it
     train.main(argv)
