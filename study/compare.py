@@ -222,6 +222,14 @@ def group_runs(runs):
 # -------------------------------------------------------------------------------------- statistics
 
 
+def area_under_curve(means, steps):
+    """The mean accuracy along the way: means (steps,) or (steps,N) -> scalar or (N,)."""
+    if len(steps) == 1:
+        return means[0]
+    # 1/(s_E − s_0) ∫ accuracy ds, by trapezoids
+    return np.trapezoid(means, steps, axis=0) / (steps[-1] - steps[0])
+
+
 def run_statistics(run, steps):
     """Statistics of the evaluations at `steps`, and of training up to the last of these steps.
 
@@ -233,17 +241,13 @@ def run_statistics(run, steps):
     means = np.array([line["per_problem"] for line in evaluations])  # (steps,N)
     votes = np.array([line["per_problem_maj"] for line in evaluations])
     best = means.mean(axis=1).argmax()  # the first of the best; the vote is that of the same step
-    area = means[0]
-    if len(steps) > 1:
-        # 1/(s_E − s_0) ∫ accuracy ds, by trapezoids: the mean accuracy along the way
-        area = np.trapezoid(means, steps, axis=0) / (steps[-1] - steps[0])
     solved = means > 0  # pass@k of k samples: one of them is correct
     statistics = {
         f"mean@{k}, last step": means[-1],
         f"mean@{k}, best step": means[best],
         f"maj@{k}, last step": votes[-1],
         f"maj@{k}, best step": votes[best],
-        f"mean@{k}, area under the curve": area,
+        f"mean@{k}, area under the curve": area_under_curve(means, steps),
         f"mean@{k}, gain": means[-1] - means[0],
         f"pass@{k}, last step": solved[-1].astype(np.float64),
     }

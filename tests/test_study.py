@@ -184,7 +184,10 @@ def test_a_cell_that_fails_is_named_and_the_rest_goes_on(fakes, tmp_path, capsys
 
 def made_up_cell(*means):
     """A cell on record with these held-out means of one problem, of a hundred samples."""
-    return {"held_out": [{"k": 100, "correct": [round(100 * mean)]} for mean in means]}
+    lines = []
+    for step, mean in enumerate(means):
+        lines.append({"step": step, "k": 100, "correct": [round(100 * mean)]})
+    return {"held_out": lines}
 
 
 def test_the_area_is_the_mean_accuracy_along_the_way():
