@@ -153,8 +153,17 @@ def add_prompt_flags(add):
     add("--max-prompt-tokens", type=number_in(int, "[1, inf)"), help="drop longer prompts")
     add("--system", help="system message (default: none, or the chat template's own)")
     add("--instruction", help="text after every problem (default: asks for a boxed answer)")
-    add("--template-args", type=json_object, metavar="JSON", help="for the chat template")
-    add("--date", type=datetime.fromisoformat, help="what the template may print (default: now)")
+    add(
+        "--template-args",
+        type=json_object,
+        metavar="JSON",
+        help='what else the chat template gets, such as {"enable_thinking": false}',
+    )
+    add(
+        "--date",
+        type=datetime.fromisoformat,
+        help="moment that the chat template may print, such as 2026-01-31 (default: now)",
+    )
     add(
         "--stop",
         action="append",

@@ -1629,8 +1629,8 @@ def choose_rollout_batch(config, args):
     """
     total, _ = device_memory(args.device)
     args.rollout_batch = rows_in_flight(args, world_size())
-    fits = 0.9 * total
-    while args.rollout_batch > 1 and memory_plan(config, args, world_size())["rollout"] > fits:
+    limit = 0.9 * total
+    while args.rollout_batch > 1 and memory_plan(config, args, world_size())["rollout"] > limit:
         args.rollout_batch = math.ceil(args.rollout_batch / 2)
 
 

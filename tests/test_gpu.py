@@ -20,7 +20,7 @@ from pretended_gpu import PretendedTensor, pretended_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from model import Packing, Transformer
+from model import Transformer
 from sampler import Decoder, KVCache, cache_bytes, cache_capacity, generate
 
 TINY = Path(__file__).parent.parent / "data" / "tiny" / "config.json"
@@ -181,18 +181,13 @@ def packed(ids, prompt_lengths, lengths):
     rows = [row[: p + n - 1] for row, p, n in zip(ids, prompt_lengths, lengths)]
     starts = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)[:-1]
     positions = [torch.arange(len(row)) for row in rows]
-    pad_index = torch.nn.utils.rnn.pad_sequence(
-        [start + position for start, position in zip(starts, positions)], batch_first=True
-    )
-    width = pad_index.shape[1]
-    unpad_index = [row * width + position for row, position in enumerate(positions)]
+    packing = train.pack_rows([start + position for start, position in zip(starts, positions)])
     predictors, targets = [], []
     for start, row, p, n in zip(starts, ids, prompt_lengths, lengths):
         predictors.append(start + torch.arange(p - 1, p + n - 1))
         targets.append(row[p : p + n])
-    lists = (rows, positions, unpad_index, predictors, targets)
-    line, positions, unpad_index, predictors, targets = map(torch.cat, lists)
-    packing = Packing(pad_index, unpad_index, unpad_index, torch.arange(len(unpad_index)))
+    lists = (rows, positions, predictors, targets)
+    line, positions, predictors, targets = map(torch.cat, lists)
     return line, positions, packing, predictors, targets
 
 
@@ -235,12 +230,13 @@ def test_layers_sort_no_indices():
             counts[function.overloadpacket.__name__] += 1
             return function(*args, **(kwargs or {}))
 
+    inputs = packed(*responses())
     found = []
     for layers in (1, 3):
         counts = Counter()
         model = tiny(layers=layers)
         with Count():
-            model.packed_logprobs(*packed(*responses()))[0].sum().backward()
+            model.packed_logprobs(*inputs)[0].sum().backward()
         assert counts["_embedding_bag_forward_only"] == layers
         found.append({name: counts[name] for name in sorting if counts[name]})
     # Those of the embedding, and of the tokens that predict.
