@@ -346,12 +346,12 @@ AGGREGATIONS = (
 )
 
 
-def aggregate(token_loss, mask, mode, max_new_tokens=None, num_tokens=None, num_sequences=None):
+def aggregate(token_loss, mask, mode, max_tokens=None, num_tokens=None, num_sequences=None):
     """Loss of an optimiser update from its token losses: token_loss (B,T), mask (B,T) -> scalar.
 
     This micro-batch's numerator over the whole update's denominator: num_tokens and num_sequences
     count the update on all ranks, so that shares of micro-batches and ranks are summed, never
-    averaged. Counts left out are those of this tensor. max_new_tokens is the run's response limit.
+    averaged. Counts left out are those of this tensor. max_tokens is the response limit of the run.
 
     mask is bool or 0/1; what stands outside it, NaN included, counts for nothing. A row without a
     token is no sequence; a micro-batch without one gives 0, and so does such an update. ValueError
@@ -378,13 +378,11 @@ def aggregate(token_loss, mask, mode, max_new_tokens=None, num_tokens=None, num_
         # L = 1/N Σ_b Σ_t ℓ_bt                                                         (REINFORCE)
         return token_loss.sum() / num_sequences
     if mode == "seq-mean-token-sum-norm":
-        if not max_new_tokens:
-            raise ValueError(
-                f"aggregation {mode} needs max_new_tokens, the response limit of the run"
-            )
+        if not max_tokens:
+            raise ValueError(f"aggregation {mode} needs max_tokens, the response limit of the run")
         # L = 1/N Σ_b 1/L_max Σ_t ℓ_bt                                      (Dr. GRPO, 2503.20783)
         # The authors leave out 1/N and divide by the padded length.
-        return token_loss.sum() / (num_sequences * max_new_tokens)
+        return token_loss.sum() / (num_sequences * max_tokens)
     raise ValueError(f"aggregation is '{mode}'; it must be one of {', '.join(AGGREGATIONS)}")
 
 
@@ -542,7 +540,7 @@ def copo_loss(
     advantages,
     algorithm,
     *,
-    max_new_tokens=None,
+    max_tokens=None,
     num_tokens=None,
     num_sequences=None,
     ref_logprobs=None,
@@ -550,8 +548,8 @@ def copo_loss(
     """COPO's loss for one micro-batch -> (loss, {metric: (sum, count)}).
 
     logprobs, old_logprobs, mask, ref_logprobs (B,T); advantages: the RowAdvantages of these B rows.
-    Only logprobs gets a gradient. max_new_tokens and the two counts are those of aggregate(). Add
-    the metrics' sums and counts over all micro-batches and ranks, then divide.
+    Only logprobs gets a gradient. max_tokens and the two counts are those of aggregate(). Add the
+    metrics' sums and counts over all micro-batches and ranks, then divide.
     """
     if algorithm.kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef is {algorithm.kl_coef} but there are no reference log-probs")
@@ -577,9 +575,7 @@ def copo_loss(
         # ℓ = ℓ_COPO + β·k(d), d = clamp(ref − logp, ±20)                            (GRPO, eq. 3)
         kl = estimator(clamped_difference(ref_logprobs, logprobs))
         token_loss = token_loss + algorithm.kl_coef * kl
-    loss = aggregate(
-        token_loss, mask, algorithm.aggregation, max_new_tokens, num_tokens, num_sequences
-    )
+    loss = aggregate(token_loss, mask, algorithm.aggregation, max_tokens, num_tokens, num_sequences)
     with torch.no_grad():
         ratio = log_ratio.exp()
         # KL(old ‖ new), of the update itself: between the tokens' distributions, whatever q is

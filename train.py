@@ -317,7 +317,7 @@ def train_minibatch(run, rollout, rows, advantages, old_logprobs, ref_logprobs):
                 batch.mask,
                 advantages.rows(batch.rows),
                 run.algorithm,
-                max_new_tokens=args.max_new_tokens,
+                max_tokens=args.max_new_tokens,
                 num_tokens=num_tokens,
                 num_sequences=num_sequences,
                 ref_logprobs=None if ref_logprobs is None else batch.rows_of(ref_logprobs),

@@ -391,18 +391,18 @@ AGGREGATES = {
 
 @pytest.mark.parametrize("mode", copo.AGGREGATIONS)
 def test_aggregation_by_hand(mode):
-    close(copo.aggregate(LOSSES, MASK, mode, max_new_tokens=8), AGGREGATES[mode])
+    close(copo.aggregate(LOSSES, MASK, mode, max_tokens=8), AGGREGATES[mode])
     # masks of any type
-    close(copo.aggregate(LOSSES, MASK.int(), mode, max_new_tokens=8), AGGREGATES[mode])
+    close(copo.aggregate(LOSSES, MASK.int(), mode, max_tokens=8), AGGREGATES[mode])
     # Counts of a larger update: 12 tokens in 5 sequences
     scale = 6 / 12 if mode == "token-mean" else 3 / 5
-    share = copo.aggregate(LOSSES, MASK, mode, max_new_tokens=8, num_tokens=12, num_sequences=5)
+    share = copo.aggregate(LOSSES, MASK, mode, max_tokens=8, num_tokens=12, num_sequences=5)
     close(share, AGGREGATES[mode] * scale)
 
 
 @pytest.mark.parametrize("mode", copo.AGGREGATIONS)
 def test_shares_of_micro_batches_sum_to_the_whole(mode):
-    counts = {"max_new_tokens": 8, "num_tokens": MASK.sum(), "num_sequences": 3}
+    counts = {"max_tokens": 8, "num_tokens": MASK.sum(), "num_sequences": 3}
     shares = []
     for rows in ([2], [], [0, 1]):
         shares.append(copo.aggregate(LOSSES[rows], MASK[rows], mode, **counts))
@@ -411,15 +411,15 @@ def test_shares_of_micro_batches_sum_to_the_whole(mode):
     # are no sequences
     losses = torch.cat([LOSSES, torch.full((2, 4), math.nan, **F64)])
     mask = torch.cat([MASK, torch.zeros(2, 4).bool()])
-    close(copo.aggregate(losses, mask, mode, max_new_tokens=8), AGGREGATES[mode])
+    close(copo.aggregate(losses, mask, mode, max_tokens=8), AGGREGATES[mode])
     empty = torch.full((2, 4), math.nan, requires_grad=True, **F64)
-    nothing = copo.aggregate(empty, torch.zeros(2, 4), mode, max_new_tokens=8)
+    nothing = copo.aggregate(empty, torch.zeros(2, 4), mode, max_tokens=8)
     nothing.backward()
     assert nothing == 0 and (empty.grad == 0).all()
 
 
 def test_sum_norm_needs_the_fixed_length():
-    with pytest.raises(ValueError, match="needs max_new_tokens"):
+    with pytest.raises(ValueError, match="needs max_tokens"):
         copo.aggregate(LOSSES, MASK, "seq-mean-token-sum-norm")
 
 
@@ -466,7 +466,7 @@ def test_on_policy_gradient_is_reinforce_with_the_blended_advantage(mode, ratio)
     logprobs, _, mask, local_adv, global_adv, weight = random_rows(0)
     coef = 0.7
     leaf = logprobs.clone().requires_grad_()
-    options = {"aggregation": mode, "max_new_tokens": 5, "global_coef": coef, "ratio": ratio}
+    options = {"aggregation": mode, "max_tokens": 5, "global_coef": coef, "ratio": ratio}
     copo_loss(leaf, logprobs, mask, local_adv, global_adv, weight, **options)[0].backward()
     blended = weight * local_adv + coef * (1 - weight) * global_adv
     per_token = {  # what a token's −A·logp is divided by
@@ -485,7 +485,7 @@ def test_gradient_by_finite_differences(mode, ratio):
     ref = old - 0.3
 
     rows = (old, mask, local_adv, global_adv, weight)
-    options = {"aggregation": mode, "max_new_tokens": 5, "dual_clip": 1.5, "global_coef": 0.5}
+    options = {"aggregation": mode, "max_tokens": 5, "dual_clip": 1.5, "global_coef": 0.5}
     options["ratio"] = ratio
 
     def loss(values):
@@ -625,7 +625,7 @@ def test_local_share_leaves_out_tokens_without_any_gradient():
 def test_micro_batches_padding_and_row_order_change_nothing(mode, ratio):
     rows = random_rows(5)
     ref = rows[1] - 0.2
-    options = {"aggregation": mode, "max_new_tokens": 9, "kl_coef": 0.1, "ratio": ratio}
+    options = {"aggregation": mode, "max_tokens": 9, "kl_coef": 0.1, "ratio": ratio}
     leaf = rows[0].clone().requires_grad_()
     loss, metrics = copo_loss(leaf, *rows[1:], ref_logprobs=ref, **options)
     loss.backward()

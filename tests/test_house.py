@@ -2,7 +2,7 @@
 
 Bugs these tests guard against: one name for two things, a file that imports what it should not
 know, a line or a function that has grown too long to read, a benchmark that its own installation
-command does not prepare.
+command does not prepare, a renamed argument that other people's scripts pass by name.
 """
 
 import ast
@@ -30,6 +30,32 @@ IMPORTS = {
 }
 LONGEST_FUNCTION = 60
 LONGEST_LINE = 100
+# What notebooks and scripts of others call: these arguments in this order. More may follow them.
+PUBLIC = """
+copo consistency_entropy(classes)
+copo local_advantages(rewards, kind='group', scale=True)
+copo global_rewards(correct, entropy, consistency_coef=False)
+copo global_advantages(global_rewards, scale=True)
+copo local_weight(entropy, correct, local_adv, blend, gamma, rho)
+copo clipped_loss(logprobs, old_logprobs, advantages, clip_low, clip_high, dual_clip)
+copo aggregate(token_loss, mask, mode, max_tokens=None, num_tokens=None, num_sequences=None)
+copo compute_advantages(rewards, correct, classes, lengths, algorithm, max_new_tokens)
+copo copo_loss(logprobs, old_logprobs, mask, advantages, algorithm)
+reward grade(response, reference, *, problem='', require_value=False, in_thought=False)
+reward score(response, reference)
+reward extract_answer(text)
+reward is_equivalent(answer, reference)
+reward answer_classes(answers)
+reward load_problems(path)
+model token_logprobs(hidden, weight, targets, temperature=1.0)
+model from_config(cls, config, dtype=torch.float32, device='cpu', seed=0)
+model from_pretrained(cls, path_or_id, dtype=torch.float32, device='cpu')
+model save_pretrained(self, path)
+model response_logprobs(self, ids, prompt_lengths, response_lengths, temperature=1.0)
+model logits(self, hidden)
+sampler generate(model, prompts, group_size, max_new_tokens, temperature=1.0, top_p=1.0, \
+top_k=0, stop_ids=(), seed=0, step=0, rows=None, max_rows=0)
+"""
 # This file names the comment without containing it.
 SKIP = "# fmt: " + "skip"
 
@@ -78,6 +104,19 @@ def test_a_function_name_stands_in_one_of_the_six_files():
     shared = {function: files for function, files in places.items() if len(files) > 1}
     shared.pop("main", None)
     assert not shared
+
+
+@pytest.mark.parametrize("line", PUBLIC.strip().splitlines())
+def test_public_signatures_stay(line):
+    file, signature = line.split(" ", 1)
+    name, promised = signature.rstrip(")").split("(", 1)
+    found = [f for f in functions(syntax(HERE / f"{file}.py")) if f.name == name]
+    assert len(found) == 1
+    for node in ast.walk(found[0].args):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    arguments = ast.unparse(found[0].args) + ", "
+    assert arguments.startswith(promised + ", "), arguments
 
 
 @pytest.mark.parametrize("name", SIX)
