@@ -626,11 +626,9 @@ ANSWERS = (
 def print_worked_batch():
     classes = torch.tensor([[ord(answer) for answer in row] for row in ANSWERS])  # any labels do
     correct = classes == ord("A")
-    algorithms = {name: PRESETS[name] for name in ("grpo", "copo", "copo-paper")}
-    algorithms["soft-zero-group"] = Algorithm(blend="soft-zero-group")
     results = {}
-    for name, algorithm in algorithms.items():
-        results[name] = compute_advantages(correct, correct, classes, None, algorithm, None)
+    for name in ("grpo", "copo", "copo-paper", "copo-group"):
+        results[name] = compute_advantages(correct, correct, classes, None, PRESETS[name], None)
     print_quantities(correct, results["copo"])
     print_effective_advantages(correct, results)
     wasted = (~is_mixed(correct)).nonzero()[:, 0] + 1

@@ -355,7 +355,7 @@ def draw_panel(axes, values, good_sign):
         table[row, num_right] = value
         if math.isnan(value):
             continue
-        color = "white" if abs(value) > 0.95 else "black"
+        color = "white" if abs(value) > 1.35 else "black"
         label = {"color": color, "ha": "center", "va": "center", "fontsize": 9.5}
         axes.text(num_right, row, advantage_text(value), **label)
         if good_sign * value < -FAINT:

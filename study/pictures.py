@@ -110,7 +110,7 @@ def draw_group_table(axes, groups, advantages):
         for column, verdict in enumerate(group["correct"]):
             value = advantages[row, column].item()
             style = {"ha": "center", "va": "center", "fontsize": 8.5}
-            style["color"] = "white" if abs(value) > 1.2 else "black"
+            style["color"] = "white" if abs(value) > 1.35 else "black"
             style["fontweight"] = "bold" if verdict else "normal"
             axes.text(column, row, answer_text(group, column), **style)
             good_sign = 1 if verdict else -1
@@ -311,7 +311,7 @@ STEP_BOXES = (
         "generate",
         "sampler.py",
         "G responses to each prompt",
-        "tokens, logprobs (P,G,R);  lengths (P,G)",
+        "tokens, logprobs (P,G,T);  lengths (P,G)",
     ),
     Box(
         "Verifier.grade_groups",
@@ -321,14 +321,15 @@ STEP_BOXES = (
     ),
     Box("consistency_entropy", "copo.py", "do the answers agree?", "H (P,)"),
     Box("local_advantages", "copo.py", "response against its group", "A$^l$ (P,G)"),
-    Box("global_advantages", "copo.py", "prompt against the batch", "R, A$^g$ (P,)"),
+    Box("global_advantages", "copo.py", "prompt against the batch", "A$^g$ (P,)"),
     Box("local_weight", "copo.py", "how much does the group count?", "w (P,G)"),
 )
+BLEND = "the blend"  # a line of copo_loss, no function of its own
 UPDATE_BOXES = (
     Box("micro_batches", "train.py", "rows that fit into one forward pass", "B rows of the update"),
-    Box("packed_logprobs", "model.py", "what the policy now gives its tokens", "logp (B,R)"),
-    Box("clipped_loss", "copo.py", "once for A$^l$, once for A$^g$", "ℓ(A$^l$), ℓ(A$^g$) (B,R)"),
-    Box("copo_loss", "copo.py", "w·ℓ(A$^l$) + coef·(1−w)·ℓ(A$^g$)", "token loss (B,R)"),
+    Box("packed_logprobs", "model.py", "what the policy now gives its tokens", "logp (B,T)"),
+    Box("clipped_loss", "copo.py", "once for A$^l$, once for A$^g$", "ℓ(A$^l$), ℓ(A$^g$) (B,T)"),
+    Box(BLEND, "copo.py", "w·ℓ(A$^l$) + coef·(1−w)·ℓ(A$^g$)", "token loss (B,T)"),
     Box("aggregate", "copo.py", "over the whole update's counts", "its share of L;  backward()"),
     Box("optimizer_step", "train.py", "clip the gradient, step AdamW", "new weights"),
     Box(
@@ -354,14 +355,15 @@ def draw_loop(args):
     draw_boxes(axes, STEP_BOXES, LEFT)
     draw_boxes(axes, UPDATE_BOXES, RIGHT)
     draw_span(axes, LEFT - 0.12, 3, 6, "copo.compute_advantages", rotation=90)
+    draw_span(axes, RIGHT - 0.12, 2, 4, "copo.copo_loss", rotation=90)
     draw_span(axes, RIGHT + WIDTH + 0.15, 0, 4, "for each micro-batch", rotation=270)
     to_update = [(LEFT + WIDTH, 6), (6.5, 6), (6.5, 0), (RIGHT, 0)]
     draw_path(axes, to_update, color="0.2", linestyle="-")
     to_sampler = [(RIGHT, 6), (7.0, 6), (7.0, 1), (LEFT + WIDTH, 1)]
     draw_path(axes, to_sampler, color="C0", linestyle="--")
     text = {"rotation": 90, "va": "center", "ha": "right", "fontsize": 10}
-    axes.text(6.45, 3.2, "A$^l$, A$^g$, w of the rows (B,);  old logp (B,R)", color="0.2", **text)
-    axes.text(6.95, 3.2, "the next step", color="C0", **text)
+    axes.text(6.45, 3.2, "A$^l$, A$^g$, w of the rows (B,);  old logp (B,T)", color="0.2", **text)
+    axes.text(6.95, 3.2, "weights for the next step", color="C0", **text)
     return figure
 
 

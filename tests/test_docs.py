@@ -51,8 +51,9 @@ LONG = {
         "installs TRL: a minute"
     ),
     "python3 -m venv .venv": "the installation of the course, with the two commands below it",
-    ".venv/bin/pip install -r requirements.txt matplotlib": "some minutes",
+    ".venv/bin/pip install -r requirements.txt -r tests/requirements.txt": "some minutes",
     ". .venv/bin/activate": "of the environment made above it",
+    "pip install jupyterlab && jupyter lab docs/copo.ipynb": "opens a browser",
     "python docs/measure_lab.py WORK": "makes all runs of docs/lab.md: half an hour",
     "python train.py": "the demonstration, as above",
     "python train.py --reward format.py:grade": (

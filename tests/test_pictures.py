@@ -102,11 +102,13 @@ def test_the_loop_names_functions_that_exist():
     owners |= {"reward.py": reward, "model.py": model.Transformer}
     shown = words(drawn(["loop", "out.png"]).axes[0])
     for box in pictures.STEP_BOXES + pictures.UPDATE_BOXES:
+        assert box.function in shown
+        if box.function == pictures.BLEND:
+            continue
         found = owners[box.file]
         for name in box.function.split("."):
             found = getattr(found, name)
         assert callable(found)
-        assert box.function in shown
 
 
 @pytest.mark.parametrize(
