@@ -17,6 +17,7 @@ Shapes: P prompts, G responses per prompt, B = P·G rows (row = prompt·G + resp
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -476,8 +477,7 @@ def check_algorithm(algorithm):
         )
     if not algorithm.scale_advantages:
         raise ValueError(
-            f"--advantage {name} is never divided by a standard deviation: leave out "
-            "--no-scale-advantages"
+            f"--advantage {name} is never divided by a standard deviation: use --scale-advantages"
         )
 
 
@@ -709,4 +709,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

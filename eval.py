@@ -260,15 +260,16 @@ def flags_of_run(args):
 def find_weights(run, name, base):
     """The weights of a run called `name`, else the newest -> {"model": …, "weights": …}.
 
-    base: the model that the run started from, which gets a checkpoint's weights.
+    A checkpoint comes before an export, which is rounded to the type of the run's first model, and
+    is older in a run that goes on. base: that first model, which gets the checkpoint's weights.
     """
     export = run / (name or "model")
     checkpoints = sorted(run.glob(f"checkpoints/{name or 's*'}/state.json"))
+    if checkpoints:
+        return {"model": base or str(TINY_MODEL), "weights": checkpoints[-1].parent}
     if (export / "config.json").is_file():
         return {"model": str(export)}
-    if not checkpoints:
-        raise ValueError(f"--run {run} has no checkpoint or exported model {name or 'yet'}")
-    return {"model": base or str(TINY_MODEL), "weights": checkpoints[-1].parent}
+    raise ValueError(f"--run {run} has no checkpoint or exported model {name or 'yet'}")
 
 
 # -------------------------------------------------------------------------------------- evaluation

@@ -356,7 +356,7 @@ class Transformer(nn.Module):
         self.config = config
         self.source = source  # directory of the weights, whose other files save_pretrained copies
         self.source_dtype = source_dtype
-        # How many ids a tokenizer makes: lower it to len(tokenizer) where the embedding is padded.
+        # The tokenizer's largest id + 1, set by load_model: lower where the embedding is padded.
         self.usable_vocab = config.vocab_size
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

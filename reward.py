@@ -2564,13 +2564,18 @@ class Worker:
         """RuntimeError if no worker starts; ValueError if it cannot load the user's grader."""
         verifier = self.verifier
         self.pipe, other_end = multiprocessing.Pipe()
-        descriptor = other_end.fileno()
-        limits = (os.getpid(), verifier.timeout, verifier.memory_mb, verifier.reward or "")
-        script = os.path.abspath(__file__)
-        command = [sys.executable, script, "--worker", str(descriptor), *map(str, limits)]
+        # The arguments of serve_requests
+        arguments = (
+            other_end.fileno(),
+            os.getpid(),
+            verifier.timeout,
+            verifier.memory_mb,
+            verifier.reward or "",
+        )
+        command = [sys.executable, os.path.abspath(__file__), "--worker", *map(str, arguments)]
         self.process = subprocess.Popen(
             command,
-            pass_fds=[descriptor],
+            pass_fds=[other_end.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
@@ -2706,10 +2711,13 @@ class Verifier(contextlib.AbstractContextManager):
         self.close()
 
     def close(self):
-        """End the workers; the next grade_groups() starts new ones."""
+        """End the workers, cancel what waits; the next grade_groups() starts new ones."""
         with self.lock:
             threads = self.threads
             self.threads = []
+        with contextlib.suppress(queue.Empty):  # after Ctrl-C: jobs that nobody waits for
+            while threads:
+                self.jobs.get_nowait()[0].cancel()
         for _ in threads:
             self.jobs.put(None)
         for thread in threads:
@@ -2726,8 +2734,8 @@ class Verifier(contextlib.AbstractContextManager):
             "require_value": require_value or [False] * count,
             "in_thought": in_thought or [False] * count,
         }
-        lengths = [len(column) for column in (responses, references, *columns.values())]
-        if len(set(lengths)) > 1:
+        lengths = {len(column) for column in (responses, references, *columns.values())}
+        if len(lengths) > 1:
             raise ValueError(
                 "responses, references, problems, require_value and in_thought must have the same "
                 f"length, not {lengths}"

@@ -49,6 +49,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers.utils import cached_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out under PYTHONSAFEPATH
 import copo
@@ -61,7 +62,7 @@ from eval import (
     progress_bar,
     read_problems,
 )
-from model import CHUNK_LOGITS, Config, Packing, Transformer, model_directory, read_weights
+from model import CHUNK_LOGITS, Config, Packing, Transformer, read_weights
 from reward import Verifier, fingerprint, same_text
 from sampler import (
     INSTRUCTION,
@@ -344,7 +345,7 @@ def backward(run, loss, is_last):
 
     Ranks exchange gradients in every backward pass, or in the last one if --defer-gradient-sync.
     """
-    if run.args.defer_gradient_sync:
+    if run.args.defer_gradient_sync and is_sharded(run.args):
         run.model.set_requires_gradient_sync(is_last)
     # FSDP averages gradients over ranks; the loss is the sum of the ranks' shares.
     (loss * world_size()).backward()
@@ -416,7 +417,8 @@ def compute_logprobs(run, model, rollout, rows):
     with torch.no_grad(), run.clock("logprobs"):
         for batch, _ in micro_batches(pairs, run.args):
             logprobs, _ = batch.response_logprobs(model, run.args.temperature)
-            result[batch.rows, : logprobs.shape[1]] = logprobs.to(result.dtype)
+            # Added, not assigned: a micro-batch without a response names row 0, and gives it zeros.
+            result[batch.rows, : logprobs.shape[1]] += logprobs.to(result.dtype)
         if world_size() > 1:
             dist.all_reduce(result)  # one rank has computed each row, the others hold zeros
     if hasattr(model, "reshard"):
@@ -963,7 +965,6 @@ def speed_metrics(clock, metrics, tokens_trained):
         "prefill": metrics["prompt_tokens"],
         "decode": metrics["tokens_sampled"],
         "verify": metrics["tokens_sampled"],
-        "logprobs": tokens_trained,
         "forward": tokens_trained,
         "backward": tokens_trained,
     }
@@ -1636,9 +1637,10 @@ def choose_rollout_batch(config, args):
 
 def print_plan(args):
     """--plan: the memory that these flags need."""
-    directory = model_directory(args.model or TINY_MODEL)
-    config = Config.parse(json.loads((directory / "config.json").read_text()))
-    print(f"GiB on each of {args.plan} ranks, {args.dtype}, {directory}")
+    model = args.model or TINY_MODEL
+    path = cached_file(model, "config.json")  # of a Hub id this file alone
+    config = Config.parse(json.loads(Path(path).read_text()))
+    print(f"GiB on each of {args.plan} ranks, {args.dtype}, {model}")
     for name, size in memory_plan(config, args, args.plan).items():
         print(f"{name:<12}{size:10.2f}")
 
@@ -2100,6 +2102,11 @@ def check_idle_flags(args, cli_args):
         (not args.dynamic_sampling, "max_rounds", "--dynamic-sampling is off"),
         (args.sft_steps == 0, "sft_lr sft_batch", "--sft-steps is 0"),
         (
+            args.minibatch_prompts == args.prompts_per_step,
+            "ratio clip_low clip_high dual_clip old_logprobs",
+            "in the one update of a step q is 1; a smaller --minibatch-prompts makes more updates",
+        ),
+        (
             not args.eval_data,
             "eval_every eval_samples eval_problems eval_temperature",
             "there is no --eval-data",
@@ -2127,13 +2134,13 @@ def run_until_end(run):
     resume = f"--run-dir {shlex.quote(str(run.directory))} --resume latest"
     try:
         load_state(run)
-        train(run)
-        record_ending(run, "finished")
-        return None
-    except Interrupted as signal_name:
-        path = save_checkpoint(run)
-        record_ending(run, "stopped", str(signal_name))
-        print0(f"stopped by {signal_name}; saved {path}. To go on: python train.py {resume}")
+        try:
+            train(run)
+            record_ending(run, "finished")
+        except Interrupted as signal_name:
+            path = save_checkpoint(run)
+            record_ending(run, "stopped", str(signal_name))
+            print0(f"stopped by {signal_name}; saved {path}. To go on: python train.py {resume}")
         return None
     except KeyboardInterrupt:
         record_ending(run, "stopped")

@@ -11,6 +11,7 @@ Shapes: N held-out problems, S seeds of a configuration.
 
 import argparse
 import glob
+import itertools
 import json
 import signal
 import sys
@@ -122,8 +123,8 @@ def check_run(run, info):
     if ended.get("how") == "failed":
         raise ValueError(f"failed after step {ended['step']}: {ended['why']}")
     for resumed in info.get("resumed", ()):
-        if resumed["changed"]:
-            changed = ", ".join(resumed["changed"])
+        changed = ", ".join(name for name in resumed["changed"] if name not in NOT_A_CONFIGURATION)
+        if changed:
             raise ValueError(
                 f"two configurations in one run, which was resumed with another {changed}"
             )
@@ -262,7 +263,8 @@ def run_statistics(run, steps):
         equal = [line.get("equal_groups_drawn", 1 - line["mixed"]) for line in metrics]
         no_gradient = [line["zero_gradient_groups"] for line in metrics]
         pushed_up = [line["wrong_pushed_up"] for line in metrics]
-        statistics["token entropy, last step"] = metrics[-1]["token_entropy"]
+        if "token_entropy" in metrics[-1]:  # a step without an update has none
+            statistics["token entropy, last step"] = metrics[-1]["token_entropy"]
         statistics["response length, last step"] = metrics[-1]["length_mean"]
         statistics["groups of equal verdicts"] = np.mean(equal)
         statistics["groups without gradient"] = np.mean(no_gradient)
@@ -302,7 +304,7 @@ def compare_runs(by_config, baseline):
         pairs = []
         if baseline not in (None, name):
             pairs = pair_runs(runs, by_config[baseline])
-        for statistic in by_run[0]:
+        for statistic in dict.fromkeys(itertools.chain(*by_run)):
             values = [one[statistic] for one in by_run if statistic in one]
             differences = []
             for own, other in pairs:

@@ -257,7 +257,7 @@ PANELS = (
 def draw_dashboard(args):
     """A column a run, a line a kind of metric, the same scale along a line."""
     runs = {path: read_jsonl(path) for path in args.metrics}
-    titles = args.titles or [Path(path).stem for path in args.metrics]
+    titles = args.titles or [run_name(path) for path in args.metrics]
     if len(titles) != len(runs):
         raise ValueError(f"--titles names {len(titles)} runs; there are {len(runs)}")
     figure = new_figure(3 + 2.6 * len(runs), 1.55 * len(PANELS))
@@ -273,11 +273,19 @@ def draw_dashboard(args):
     return figure
 
 
+def run_name(path):
+    """A column's title: RUN of RUN/metrics.jsonl, else the file's own name."""
+    path = Path(path)
+    return path.resolve().parent.name if path.name == "metrics.jsonl" else path.stem
+
+
 def draw_metrics(axes, lines, panel):
     steps = [line["step"] for line in lines]
     for name, label in panel.metrics.items():
-        # None: not finite, or nothing to take a mean of
-        values = [float("nan") if line[name] is None else line[name] for line in lines]
+        if not any(name in line for line in lines):
+            raise KeyError(name)
+        # None: not finite, or nothing to take a mean of. A step without an update lacks some.
+        values = [float("nan") if line.get(name) is None else line[name] for line in lines]
         axes.plot(steps, values, ".-", label=label)
     if panel.share:
         axes.set_ylim(-0.05, 1.05)
@@ -438,7 +446,9 @@ def build_parser():
             )
         if name == "dashboard":
             picture.add_argument("metrics", metavar="METRICS", nargs="+", help="metrics.jsonl")
-            picture.add_argument("--titles", nargs="+", help="one a run (default: file names)")
+            picture.add_argument(
+                "--titles", nargs="+", help="one a run (default: names of runs or files)"
+            )
     parser.error = partial(exit_with_error, "pictures.py")
     return parser
 

@@ -368,7 +368,7 @@ def read_run(directory, eval_every):
         line |= {name: values[i] for name, values in equal.items()}
         line["step"] = line["responses"] / unit
         for name in metrics:
-            value = line[name]
+            value = line.get(name)  # a step without an update lacks some
             metrics[name].append(round(value, 4) if value else value)
 
     held_out = []

@@ -306,6 +306,25 @@ def test_failed_runs_are_listed_and_unfinished_ones_count(capsys, three_runs):
     assert text.count("failed, and in no statistic") == 7 and len(report["runs"]["copo"]) == 2
 
 
+def test_a_step_without_an_update_lacks_only_what_it_lacks(capsys, three_runs):
+    """dapo without a mixed group: no token entropy; the row is there of the runs that have it."""
+    path = three_runs / "copo-0/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    del lines[-1]["token_entropy"]
+    write_lines(path, lines)
+    _, report, statistics = compared(capsys, three_runs, three_runs / "copo-*")
+    assert not report["failed"]
+    assert len(statistics["copo", "token entropy, last step"]["runs"]) == 1
+    assert len(statistics["copo", "response length, last step"]["runs"]) == 2
+
+
+def test_a_flag_that_makes_no_configuration_may_change_on_resume(capsys, three_runs):
+    resumed = [{"step": 1, "changed": {"verifier_memory": [1024, 2048]}}]
+    change_info(three_runs / "copo-0", resumed=resumed)
+    _, report, _ = compared(capsys, three_runs, three_runs / "copo-*")
+    assert not report["failed"] and len(report["runs"]["copo"]) == 2
+
+
 def test_a_real_run_is_read(capsys, tmp_path, monkeypatch):
     """Field names are those that train.py writes: runs made here and now show every statistic."""
     monkeypatch.setattr(train, "Verifier", tiny_runs.Judge)
@@ -346,7 +365,13 @@ def test_wrong_comparisons_end_in_one_line(capsys, three_runs):
 
 
 @pytest.mark.parametrize(
-    "command", [f"{compare.__file__} copo-0 copo-1", f"{study.__file__} --list"]
+    "command",
+    [
+        f"{compare.__file__} copo-0 copo-1",
+        f"{study.__file__} --list",
+        study.ROOT / "copo.py",
+    ],
+    ids=["compare", "study", "copo"],
 )
 def test_a_reader_that_hangs_up_ends_it_quietly(three_runs, command):
     """As `| head` does, but before the first line."""

@@ -991,7 +991,7 @@ def test_what_the_verdict_alone_cannot_use_is_refused(name):
     copo.check_algorithm(copo.Algorithm(advantage=name))
     with pytest.raises(ValueError, match=f"--advantage {name} .*--overlong-factor .*not 0.5"):
         copo.check_algorithm(copo.Algorithm(advantage=name, overlong_factor=0.5))
-    with pytest.raises(ValueError, match=f"--advantage {name} .*--no-scale-advantages") as error:
+    with pytest.raises(ValueError, match=f"--advantage {name} .*--scale-advantages") as error:
         copo.check_algorithm(copo.Algorithm(advantage=name, scale_advantages=False))
     assert "\n" not in str(error.value)
     for kind in copo.ADVANTAGES.keys() - set(copo.VERDICT_ADVANTAGES):

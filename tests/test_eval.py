@@ -611,8 +611,15 @@ def test_a_checkpoint_is_evaluated_as_its_run_did(capsys, tmp_path, trained, ste
     assert np.mean(lengths) == own["length_mean"] and max(lengths) <= 5
 
 
-def test_without_a_name_the_exported_model_is_evaluated(capsys, tmp_path, trained):
-    assert f"{trained}/model, float64 on cpu" in evaluate_run(capsys, tmp_path, trained)
+def test_without_a_name_the_newest_checkpoint_is_evaluated_before_an_export(
+    capsys, tmp_path, trained
+):
+    """A run that goes on has an older export; a bfloat16 source rounds every export."""
+    assert "step-000002" in evaluate_run(capsys, tmp_path, trained)
+    assert correct_by_problem(tmp_path / "out", 3) == own_evaluation(trained, 2)["per_problem"]
+    without = tmp_path / "exported"
+    shutil.copytree(trained, without, ignore=shutil.ignore_patterns("checkpoints"))
+    assert f"{without}/model, float64 on cpu" in evaluate_run(capsys, tmp_path, without)
     assert read(tmp_path / "out")[0]["row"] == 0 and len(read(tmp_path / "out")) == 9
     text = evaluate_run(capsys, tmp_path, trained, "--checkpoint", "model-000001")
     assert f"{trained}/model-000001, float64" in text

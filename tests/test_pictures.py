@@ -82,7 +82,9 @@ def test_an_answer_that_is_missing_or_long():
 def test_the_dashboard_draws_every_run_and_breaks_where_a_value_is_none(tmp_path):
     lines = pictures.read_jsonl(HERE / "docs/unnamed/x.jsonl")
     lines[2]["accuracy"] = None
-    path = tmp_path / "gap.jsonl"
+    del lines[3]["token_entropy"]  # a step without an update
+    path = tmp_path / "gap/metrics.jsonl"
+    path.parent.mkdir()
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     figure = drawn(["dashboard", "out.png", path, HERE / "docs/unnamed/w.jsonl"])
     assert len(figure.axes) == 2 * len(pictures.PANELS)

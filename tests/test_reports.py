@@ -759,6 +759,20 @@ def test_the_way_to_go_on_can_be_typed(runs, tmp_path, capsys, monkeypatch):
     assert f"--run-dir '{directory}' --resume latest" in capsys.readouterr().out
 
 
+def test_a_signal_whose_checkpoint_cannot_be_written_ends_in_one_line(runs, capsys, monkeypatch):
+    directory = runs.new(steps=1)
+
+    def no_space(run):
+        raise OSError("cannot write the checkpoint: no space left")
+
+    monkeypatch.setattr(train, "log_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(train, "save_checkpoint", no_space)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--run-dir", str(directory), "--resume", "latest", "--steps", "3"])
+    assert "no space left" in end.value.code and "--resume latest" in end.value.code
+    assert tiny_runs.ended(directory)[0] == "failed"
+
+
 def test_exports_can_be_read_by_others_and_hold_nothing_else(tmp_path):
     source = make_model(tmp_path / "m")
     for name in ("README.md", "trainer_state.json", "training_args.json", "notes.txt", "run.py"):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -1179,6 +1180,36 @@ def test_a_closed_pool_starts_again_and_bad_arguments_are_refused():
     for arguments in ({"workers": 0}, {"timeout": 0}):
         with pytest.raises(ValueError):
             reward.Verifier(**arguments)
+
+
+def test_closing_does_not_wait_for_what_nobody_grades_any_more(tmp_path):
+    """After Ctrl-C: a group that is being graded ends, those behind it are cancelled."""
+    grader = tmp_path / "slow.py"
+    grader.write_text(
+        "import time\n"
+        "def grade(response, reference, **given):\n"
+        "    time.sleep(0.5)\n"
+        "    return response, True, 1.0\n"
+    )
+    verifier = reward.Verifier(workers=1, reward=f"{grader}:grade")
+    outcome = []
+
+    def ask():
+        try:
+            verifier.grade_groups([["5"]] * 60, ["5"] * 60)
+        except BaseException as error:
+            outcome.append(type(error))
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    time.sleep(1.0)
+    begin = time.monotonic()
+    verifier.close()
+    asker.join(10)
+    assert time.monotonic() - begin < 15  # all 60 would take 30 seconds
+    assert outcome == [CancelledError]
+    assert verifier.grade_groups([["5"]], ["5"])[0].correct == [True]
+    verifier.close()
 
 
 def test_audit(tmp_path, capsys):

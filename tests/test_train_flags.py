@@ -592,6 +592,14 @@ REFUSALS = {
     "no such compiler": ({"compile": "gcc"}, "--compile: invalid choice: 'gcc'"),
     "an unknown estimator": ({"kl_coef": 0.1, "kl_estimator": "k4"}, "k4"),
     "estimator without KL": ({"kl_estimator": "k2"}, "--kl-estimator has no effect"),
+    "a clip without a second update": (
+        {"clip_high": 0.3, "prompts_per_step": 4, "minibatch_prompts": 4},
+        "--clip-high has no effect: in the one update of a step q is 1",
+    ),
+    "a ratio without a second update": (
+        {"ratio": "sequence", "prompts_per_step": 4, "minibatch_prompts": 4},
+        "--ratio has no effect",
+    ),
     "nothing to defer": (
         {"defer_gradient_sync": True},
         "--defer-gradient-sync has no effect",
@@ -641,7 +649,7 @@ REFUSALS = {
     "a sign of dapo": ({"algo": "dapo", "advantage": "sign"}, "--overlong-factor must be 0"),
     "unscaled verdicts": (
         {"advantage": "w-reinforce", "scale_advantages": False},
-        "--no-scale-advantages",
+        "use --scale-advantages",
     ),
     "a placebo for dapo": ({"algo": "dapo", "placebo": True}, "--placebo"),
     "an unknown ratio": ({"ratio": "word"}, "word"),

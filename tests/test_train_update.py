@@ -126,6 +126,23 @@ def make_rollout(run):
     return rollout._replace(logprobs=logprobs.view_as(empty))
 
 
+def test_a_micro_batch_without_a_response_leaves_row_0_as_it_is(monkeypatch):
+    """A rank with fewer micro-batches than another ends with empty ones, which name row 0."""
+    run = make_run()
+    rollout = make_rollout(run)
+    rows = list(range(PROMPTS * GROUP))
+    before = train.compute_logprobs(run, run.model, rollout, rows)
+    assert before[0, 0] != 0
+    micro_batches = train.micro_batches
+
+    def with_an_empty_one(*arguments):
+        yield from micro_batches(*arguments)
+        yield train.collate([], {}, "cpu"), True
+
+    monkeypatch.setattr(train, "micro_batches", with_an_empty_one)
+    assert torch.equal(train.compute_logprobs(run, run.model, rollout, rows), before)
+
+
 def old_of(rollout):
     """Log-probs of a policy that has moved: far enough for both clips, in both directions."""
     logprobs = flat_logprobs(rollout)
