@@ -694,16 +694,13 @@ def right_and_wrong(values, correct):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print one worked batch, every quantity.")
-    # An old flag: it names the command that took its place.
-    parser.add_argument("--groups", nargs="?", const="RUN/groups.jsonl", help=argparse.SUPPRESS)
-    args, unknown = parser.parse_known_args(argv)
-    error = None
-    if args.groups is not None:
-        error = f"that is now: python study/lab.py {args.groups}"
-    elif unknown:
-        error = f"unrecognized arguments: {' '.join(unknown)}"
-    if error:
-        print(f"copo.py: {error}", file=sys.stderr)
+    _, unknown = parser.parse_known_args(argv)
+    if unknown:
+        print(
+            f"copo.py: unrecognized arguments: {' '.join(unknown)} (a run's groups are read by "
+            "python study/lab.py RUN/groups.jsonl)",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     print_worked_batch()
 

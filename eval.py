@@ -182,7 +182,7 @@ def make_parser():
     """All flags. Those of --run's run replace the defaults, see flags_of_run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = partial(exit_with_error, "eval.py")
-    whole = number_in(int, "[0, inf)")
+    whole = number_in(int, "[0, 1e18]")
     count = number_in(int, "[1, inf)")
     not_negative = number_in(float, "[0, inf)")
     add = parser.add_argument
@@ -221,6 +221,8 @@ def parse_flags(argv):
     """The command line's flags on top of those of --run's run; ValueError if any is wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.checkpoint and (args.model or not args.run):
+        raise ValueError("--checkpoint is one of --run's, and goes without --model")
     if args.run:
         parser.set_defaults(**flags_of_run(args))
         args = parser.parse_args(argv)
@@ -369,11 +371,12 @@ def print_metrics(rollout, args):
         low, high = bootstrap_interval(values, seed=args.seed)
         print0(f"{name:<10}{values.mean():>8.1%}    {low:6.1%} .. {high:6.1%}")
     if args.run and (args.run / "eval.jsonl").is_file():
-        lines = (args.run / "eval.jsonl").read_text().splitlines()
-        form = (
-            "{k} samples: mean@{k} {mean:.1%}, maj@{k} {maj:.1%}, by the run itself at step {step}"
-        )
-        print0(form.format(**json.loads(lines[-1])))
+        whole_lines = (args.run / "eval.jsonl").read_text().rpartition("\n")[0]
+        if whole_lines:
+            print0(
+                "{k} samples: mean@{k} {mean:.1%}, maj@{k} {maj:.1%}, by the run itself at step "
+                "{step}".format(**json.loads(whole_lines.splitlines()[-1]))
+            )
     print0(
         "\nIntervals: bootstrap over problems. maj@k: silence has no vote, ties share the credit"
     )

@@ -226,7 +226,8 @@ def causal_attention(q, k, v):
     q = q.transpose(1, 2)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
+    # Not `!=`: torch.compile keeps that symbolic, and scaled_dot_product_attention wants a bool.
+    grouped = len({q.shape[1], k.shape[1]}) > 1
     if grouped and q.is_cuda and q.dtype == torch.float32:
         # PyTorch 2.13 has no float32 kernel for grouped heads on CUDA but the one that holds the
         # whole (B,H,T,T) matrix. So the keys and values are repeated.

@@ -132,7 +132,7 @@ def read_jsonl(path, file):
                 text = line.decode("utf-8-sig")  # -sig: a byte order mark is no part of it
                 if text.strip():
                     yield row, json.loads(text)
-            except ValueError as error:  # of the encoding, too
+            except (ValueError, RecursionError) as error:  # of the encoding, too
                 message = (
                     f"{path}:{row + 1}: not UTF-8 text or not JSON ({error}); write one a line"
                 )
@@ -202,7 +202,7 @@ def read_problem(line, row, shape, place):
         messages = read_messages(problem)
         asked = [m["content"] for m in messages if m.get("role") not in ("system", "assistant")]
         problem = "\n".join(asked) if messages else MISSING
-    if type(answer) in (int, float):
+    if type(answer) in (int, float) and answer * 0 == 0:  # neither NaN nor infinite
         answer = str(answer)
     if solution is MISSING:
         solution = None
@@ -231,7 +231,8 @@ def load_problems(path, dropped: Counter | None = None, shapes=SHAPES) -> list[P
     """The problems of a file in one of `shapes`.
 
     Malformed lines are refused by file and line. Counted in `dropped` by reason: answers that are
-    empty or over the checker's limits, which no response could earn, and repeated problems."""
+    empty or over the checker's limits, which no response could earn, and empty or repeated
+    problems."""
     dropped = Counter() if dropped is None else dropped
     problems = []
     answers = {}  # of the problems kept, by same_text
@@ -248,8 +249,8 @@ def load_problems(path, dropped: Counter | None = None, shapes=SHAPES) -> list[P
             dropped["came before" if again else "came before, with another answer"] += 1
             continue
         answer = reference_answer(problem.answer)
-        if not answer:
-            dropped["empty answer"] += 1
+        if not (answer and text):
+            dropped["empty problem or answer"] += 1
         elif len(answer) > MAX_ANSWER:
             dropped["answer over the checker's limits"] += 1
         else:
@@ -2522,12 +2523,12 @@ def printable(text):
 def checked_grade(result):
     """What a user's grader returned, as a Grade; ValueError or TypeError if it is none."""
     answer, correct, reward = result
-    if not isinstance(answer, str | None):
-        raise TypeError(f"grade returned {type(answer).__name__} as answer; it must be str or None")
-    reward = float(reward)
-    if not math.isfinite(reward):
-        raise ValueError(f"grade returned {reward} as reward; it must be finite")
-    return Grade(answer, bool(correct), reward)
+    if not (isinstance(answer, str | None) and correct in (True, False) and math.isfinite(reward)):
+        raise ValueError(
+            f"grade returned {result!r:.80}; it must be an answer (str or None), a verdict (True "
+            "or False) and a finite reward"
+        )
+    return Grade(answer, bool(correct), float(reward))
 
 
 def load_grader(name):
@@ -2545,7 +2546,7 @@ def load_grader(name):
         spec.loader.exec_module(module)
         grader = getattr(module, function)
         inspect.signature(grader).bind("response", "reference", **options)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # sys.exit() too
         raise ValueError(f"{name}: cannot be loaded ({exception_line(error)})") from error
     return grader
 
@@ -2557,8 +2558,6 @@ class Worker:
     def __init__(self, verifier):
         self.verifier = verifier
         self.process = None
-        self.pipe = None
-        self.requests = 0
 
     def start(self):
         """RuntimeError if no worker starts; ValueError if it cannot load the user's grader."""
@@ -2600,9 +2599,8 @@ class Worker:
 
     def call(self, function, *arguments, **options):
         """Run a function of this file, or the user's grader, in the worker."""
-        if self.requests >= MAX_REQUESTS:
+        if not self.process or self.requests >= MAX_REQUESTS:
             self.end()
-        if not self.process:
             self.start()
         self.requests += 1
         with contextlib.suppress(OSError):  # it died; receive() says so
@@ -2751,9 +2749,13 @@ class Verifier(contextlib.AbstractContextManager):
         return [future.result() for future in futures]
 
     def self_consistent(self, references):
-        """Whether each reference equals itself in a box: no response could earn another."""
+        """Whether a response could earn each reference: in a box it equals itself, or grading it
+        died, which says nothing of it."""
         responses = [[f"\\boxed{{{reference}}}"] for reference in references]
-        return [group.correct[0] for group in self.grade_groups(responses, references)]
+        return [
+            group.correct[0] or group.failed != [""]
+            for group in self.grade_groups(responses, references)
+        ]
 
     def serve(self):
         """The life of a thread: jobs from the queue, for its own worker."""
@@ -2808,7 +2810,7 @@ def answer_request(functions, request):
         return Reply(functions[name](*arguments, **options))
     except MemoryError:
         return Reply(failed="memory")
-    except Exception as error:
+    except BaseException as error:  # sys.exit() too
         return Reply(failed="exception", error=exception_line(error))
 
 

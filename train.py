@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import shlex
 import shutil
@@ -1165,9 +1164,9 @@ def cut_back_files(run):
         path = run.directory / name
         if path.exists():
             os.truncate(path, min(run.state.files.get(name, 0), path.stat().st_size))
-    for checkpoint in list_checkpoints(run.directory):
-        if checkpoint.name > checkpoint_name(run):
-            delete_directory(checkpoint)
+    for saved in [*list_checkpoints(run.directory), *run.directory.glob("model-*")]:
+        if saved.name.replace("model", "step") > checkpoint_name(run):
+            delete_directory(saved)
 
 
 @contextlib.contextmanager
@@ -1198,8 +1197,8 @@ def one_line_errors(what):
         yield
     except CheckpointException as error:
         reason, _ = next(iter(error.failures.values()))
-        raise OSError(f"{what}: {reason}") from error
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
+        raise OSError(f"{what}: {str(reason) or repr(reason)}") from error
+    except Exception as error:  # of many kinds
         raise OSError(f"{what}: {error}") from error
 
 
@@ -1617,9 +1616,9 @@ def memory_plan(config, args, ranks):
 
 
 def rows_in_flight(args, ranks):
-    """Rows that a rank samples at the same time, at most: --rollout-batch, or all of its own."""
-    rows = math.ceil(args.prompts_per_step / ranks) * args.group_size
-    return min(rows, args.rollout_batch or rows)
+    """Rows that a rank samples at the same time, at most: --rollout-batch, which an evaluation may
+    fill where a step does not; else all of a step."""
+    return args.rollout_batch or math.ceil(args.prompts_per_step / ranks) * args.group_size
 
 
 def choose_rollout_batch(config, args):
@@ -1639,6 +1638,7 @@ def print_plan(args):
     """--plan: the memory that these flags need."""
     model = args.model or TINY_MODEL
     path = cached_file(model, "config.json")  # of a Hub id this file alone
+    require(path, f"--model {model} has no config.json")
     config = Config.parse(json.loads(Path(path).read_text()))
     print(f"GiB on each of {args.plan} ranks, {args.dtype}, {model}")
     for name, size in memory_plan(config, args, args.plan).items():
@@ -1960,6 +1960,7 @@ def parse_args(argv):
     if gone:
         print0(f"WARNING the run began with {', '.join(gone)}, which this code no longer has")
     model = (resumed | cli_args).get("model")
+    require(model != "", "--model is empty: name a model, or leave it out for the demonstration")
     values = defaults | (PAPER_SIZES if model else DEMO_SIZES)
     values |= dataclasses.asdict(copo.PRESETS[defaults["algo"]])
     values |= resumed
@@ -2152,6 +2153,8 @@ def run_until_end(run):
         line = " ".join(str(error).split())
         record_ending(run, "failed", f"{type(error).__name__}: {line}")
         if isinstance(error, OSError) or "not finite" in line:
+            if not run.run_info:  # not loaded yet: the newest checkpoint may be what is damaged
+                return f"train.py: {line}"
             return (
                 f"train.py: after step {run.state.step}: {line}; {resume} goes back to the last "
                 "checkpoint"

@@ -1046,4 +1046,4 @@ def test_main_names_the_command_of_the_advantage_lab(capsys, more):
         copo.main(["--groups", "runs/x/groups.jsonl", *more])
     printed = capsys.readouterr()
     assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
-    assert "python study/lab.py runs/x/groups.jsonl" in printed.err
+    assert "python study/lab.py RUN/groups.jsonl" in printed.err

@@ -415,6 +415,8 @@ def refused(capsys, arguments):
         (["--max-new-tokens", 0], "--max-new-tokens: 0"),
         (["--limit", -3], "--limit: -3"),
         (["--seed", -1], "--seed: -1"),
+        (["--seed", 10**22], "--seed: 1"),
+        (["--checkpoint", "step-000001"], "--checkpoint is one of --run's"),
         (["--rollout-batch", -1], "--rollout-batch: -1"),
         (["--answer-field", "gold"], "belong together"),
         (["--reward", "nowhere.py:grade"], "nowhere.py"),
@@ -635,6 +637,14 @@ def test_a_run_without_an_export_is_evaluated_from_its_newest_checkpoint(capsys,
     assert "no checkpoint or exported model yet" in refused(capsys, ["--run", unfinished])
 
 
+@pytest.mark.parametrize("left", ["", '{"step": 2, "me'])
+def test_a_run_killed_in_its_first_evaluation_is_evaluated(capsys, tmp_path, trained, left):
+    killed = shutil.copytree(trained, tmp_path / "killed")
+    (killed / "eval.jsonl").write_text(left)
+    text = evaluate_run(capsys, tmp_path, killed)
+    assert "mean@3" in text and "tokens/s" in text and "by the run itself" not in text
+
+
 def test_flags_of_a_run_can_be_overridden(capsys, tmp_path, runs, trained, data):
     flags = ["--k", 2, "--temperature", 1.0, "--max-new-tokens", 4, "--dtype", "float32"]
     flags += ["--data", data, "--limit", 0, "--model", runs.base["model"]]
@@ -664,6 +674,8 @@ def test_what_is_no_run_is_refused(capsys, tmp_path, trained):
     assert "run.json" in refused(capsys, ["--run", tmp_path])
     assert "model step-9" in refused(capsys, ["--run", trained, "--checkpoint", "step-9"])
     assert "--run" in refused(capsys, ["--data", "x"])
+    with_model = ["--run", trained, "--model", "x", "--checkpoint", "step-000001"]
+    assert "goes without --model" in refused(capsys, with_model)
     broken = shutil.copytree(trained, tmp_path / "broken")
     for file in (broken / "checkpoints/step-000001").glob("*.distcp"):
         file.write_bytes(b"?")

@@ -4,13 +4,16 @@ Each mutant of exercise_mutants.toml is a bug seen in public code, a replacement
 sources. It must cost its own exercise a point, with the sentence that names it.
 
 Bugs these tests guard against: a grader that accepts a misconception; a misconception that gets
-another one's sentence; a solution left in a student's file; a student's endless loop or crash that
-takes the grader along; a source that has moved on, so that a mutant tests nothing.
+another one's sentence; a solution left in a student's file; a student's endless loop, crash or odd
+answer that takes the grader along; a traceback for Ctrl-C; a source that has moved on, so that a
+mutant tests nothing.
 """
 
 import ast
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -155,6 +158,48 @@ def test_a_bad_file_costs_its_exercise_only(kind, tmp_path):
     assert len(passed) == points
     assert said in report[-1]["got"]
     assert not report[-1]["passed"]
+
+
+ODD_ANSWERS = {
+    "a lone surrogate": ("'abc\\ud83d'", "abc\\ud83d"),
+    "a long tensor": ("tokens.new_zeros(3_000_000)", "[" + "0, " * 66 + "0…"),
+    "a deep tensor": ("tokens.new_zeros(150, 150, 150)", "[[[" + "0, " * 65 + "0,…"),
+    "a long error": ("{}['x' * 10**6]", "KeyError: 'xxx"),
+    "an int that has no text": ("10**5000", "ValueError: Exceeds the limit"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ANSWERS)
+def test_an_odd_answer_is_printed_in_one_short_line(kind, tmp_path):
+    expression, said = ODD_ANSWERS[kind]
+    (tmp_path / "lengths.py").write_text(
+        f"def response_lengths(tokens, stop_ids):\n    return {expression}\n"
+    )
+    graded = run_script("grade.py", tmp_path, 6)
+    assert graded.returncode == 1 and graded.stderr == ""
+    got = re.search("got +(.*)", graded.stdout)[1]
+    assert got.startswith(said)
+    assert len(got) < 230  # 200, an ellipsis, and the line of an error
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    """As a terminal sends it: to all of the group. The process of the exercise ends too."""
+    (tmp_path / "lengths.py").write_text("print('here', flush=True)\nwhile True: pass")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "docs" / "exercises" / "grade.py", tmp_path, "6"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a job in the background of a shell script inherits that SIGINT is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == "here\n"
+    os.killpg(process.pid, signal.SIGINT)
+    # until nobody holds the pipes: the loop's own alarm would take 20 s
+    printed, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert (printed, errors) == ("", "grade.py: interrupted\n")
 
 
 def test_commands(solved, tmp_path):

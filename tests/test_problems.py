@@ -217,7 +217,11 @@ def test_duplicates_are_dropped_and_counted(tmp_path):
         (1, "Find $n$.", "34"),
         (3, "Find $m$.", "7"),
     ]
-    assert dropped == {"empty answer": 1, "came before": 2, "came before, with another answer": 1}
+    assert dropped == {
+        "empty problem or answer": 1,
+        "came before": 2,
+        "came before, with another answer": 1,
+    }
 
 
 @pytest.mark.parametrize(

@@ -765,6 +765,7 @@ def test_load_problems(tmp_path):
         {"problem": "1+1?", "answer": "2", "solution": "so \\boxed{2}"},
         "",
         {"problem": "empty", "answer": " "},
+        {"problem": " ", "answer": "2"},
         {"problem": "number", "answer": 2.5, "require_value": True},
         {"problem": "long", "answer": "9" * 5_000},
         {"problem": "none", "answer": "1", "solution": None},
@@ -773,10 +774,10 @@ def test_load_problems(tmp_path):
     problems = reward.load_problems(path, dropped)
     assert [(p.row, p.answer, p.solution, p.require_value) for p in problems] == [
         (0, "2", "so \\boxed{2}", False),
-        (3, "2.5", None, True),
-        (5, "1", None, False),
+        (4, "2.5", None, True),
+        (6, "1", None, False),
     ]
-    assert dropped == {"empty answer": 1, "answer over the checker's limits": 1}
+    assert dropped == {"empty problem or answer": 2, "answer over the checker's limits": 1}
 
 
 @pytest.mark.parametrize(
@@ -791,6 +792,9 @@ def test_load_problems(tmp_path):
         ({"problem": "x", "answer": [1]}, '"answer"'),
         ({"problem": "x", "answer": True}, '"answer"'),
         ({"problem": "x", "answer": None}, '"answer"'),
+        ('{"problem": "x", "answer": NaN}', '"answer" is nan'),
+        ('{"problem": "x", "answer": -Infinity}', '"answer" is -inf'),
+        ("[" * 100_000, "not JSON"),
         ({"problem": "x", "answer": "1", "solution": 3}, '"solution"'),
         ({"problem": "x", "answer": "1", "require_value": "no"}, '"require_value"'),
     ],
@@ -895,7 +899,7 @@ def test_lone_surrogates_give_one_verdict_in_score_and_in_the_pool():
     assert group.correct == [False, True, False] and not verifier.failures
 
 
-GRADER = """import os, time
+GRADER = """import os, sys, time
 import reward
 def graded(response, reference, *, problem="", require_value=False, in_thought=False):
     if "HANG" in response:
@@ -937,9 +941,13 @@ def test_a_users_own_grade_replaces_ours(grader):
 
 RETURNED = [  # (what a grader returns, the grade; None: a fault)
     ("(None, 1, 2)", (None, True, 2.0)),
-    ("('5', [], '0.5')", ("5", False, 0.5)),
+    ("('5', 0, -0.5)", ("5", False, -0.5)),
     ("reward.Grade('', True, -1e300)", ("", True, -1e300)),
     ("(5, True, 1.0)", None),
+    ("('5', 'False', 1.0)", None),  # a text is true
+    ("('5', 0.1, False)", None),  # swapped
+    ("('5', True, '0.5')", None),
+    ("sys.exit(3)", None),
     ("('5', True, float('nan'))", None),
     ("('5', True, float('inf'))", None),
     ("('5', True, None)", None),
@@ -957,7 +965,9 @@ def test_what_a_grader_returns_is_checked(grader, capfd):
     for found, (_, expected) in zip(zip(group.answers, group.correct, group.rewards), RETURNED):
         assert found == (expected or (None, False, 0.0))
     assert verifier.failures == {"exception": sum(faults)}
-    assert "TypeError: grade returned int as answer" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "ValueError: grade returned (5, True, 1.0); it must be an answer" in said
+    assert "SystemExit: 3" in said
 
 
 def test_an_exception_is_reported_as_one_and_the_worker_lives(grader, capfd):

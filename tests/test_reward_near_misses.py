@@ -405,3 +405,12 @@ def test_references_that_no_response_can_earn():
         consistent = verifier.self_consistent(references)
     assert consistent == [reward.score(rf"\boxed{{{it}}}", it) > 0 for it in references]
     assert consistent[:3] == [True] * 3 and not consistent[-1]
+
+
+def test_a_reference_whose_grading_died_is_not_dropped(monkeypatch):
+    """A clock must not decide which problems a run has, least of all on a resume."""
+    groups = []
+    for correct, failed in ((True, ""), (False, ""), (False, "time")):
+        groups.append(reward.Group(["5"], [correct], [0.0], [0], [failed]))
+    monkeypatch.setattr(reward.Verifier, "grade_groups", lambda *_: groups)
+    assert reward.Verifier(workers=1).self_consistent(["5"] * 3) == [True, False, True]

@@ -6,6 +6,7 @@ flag without a row in the table below fails. Flags of speed and memory must chan
 against: refusals with a traceback, with another exit code, or with an empty run directory left
 behind; flags of a resumed run that are silently others."""
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -15,6 +16,7 @@ import tiny_runs
 import torch
 
 import reward
+import sampler
 import train
 
 
@@ -368,6 +370,22 @@ def test_rows_in_flight_on_a_gpu_follow_from_the_plan(runs, monkeypatch):
     assert chosen == [384, 384, 192, 192, 96, 96]
 
 
+def test_an_evaluation_has_no_more_rows_in_flight_than_the_plan_counts(runs, monkeypatch):
+    made = []
+    cache = sampler.KVCache
+
+    def watched(config, rows, *rest):
+        made.append(rows)
+        return cache(config, rows, *rest)
+
+    monkeypatch.setattr(sampler, "KVCache", watched)
+    sizes = {"prompts_per_step": 2, "minibatch_prompts": 2, "group_size": 2, "rollout_batch": 16}
+    directory = runs.new(eval_samples=16, steps=1, **sizes)
+    flags = json.loads((directory / "run.json").read_text())["flags"]
+    assert train.rows_in_flight(argparse.Namespace(**flags), 1) == 16
+    assert max(made) == 16
+
+
 def test_timeout_is_that_of_the_process_group(runs, monkeypatch):
     seen = []
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -610,6 +628,7 @@ REFUSALS = {
     "no number": ({"lr": "fast"}, "fast"),
     "no model there": ({"model": "/no/such/model"}, "/no/such/model"),
     "no data": ({"data": None}, "--data"),
+    "an empty model": ({"model": ""}, "--model is empty"),
     "no such data": ({"data": "/no/such.jsonl"}, "/no/such.jsonl"),
     "malformed data": ({"data": "BAD"}, ":2:"),
     "half of two names": ({"problem_field": "problem"}, "belong together"),
@@ -737,6 +756,23 @@ def test_refusal_is_one_line_and_leaves_nothing(runs, places, name, capsys):
         message
     )
     assert sorted(runs.folder.iterdir()) == before
+
+
+def test_the_plan_of_a_directory_without_a_config_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--model", str(tmp_path), "--plan", "2"])
+    assert end.value.code == 2 and capsys.readouterr().err.count("config.json") == 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_layer_compiles_whole(runs, dtype):
+    """A break in the graph changes no number, so only a count shows it. bfloat16 is sharded."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    runs.new(dtype=dtype, compile="eager", steps=1)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
 def test_missing_cuda_is_refused(runs, monkeypatch, capsys):

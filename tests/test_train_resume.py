@@ -343,6 +343,15 @@ def test_resuming_a_finished_run_changes_nothing(runs):
     assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
 
 
+def test_a_resume_from_an_earlier_step_removes_later_exports_too(runs):
+    directory = runs.new(steps=3, save_every=1, keep=9, export_every=1)
+    assert (directory / "model-000003").is_dir()
+    first = directory / "checkpoints/step-000001"
+    train.main(["--resume", str(first), "--steps", "2"])
+    exports = sorted(path.name for path in directory.glob("model-*"))
+    assert exports == ["model-000001", "model-000002"]
+
+
 def test_what_a_killed_save_left_behind_is_swept_up(runs):
     """One leftover lies in another: the checkpoint library writes its own metadata under a
     temporary name too."""
@@ -393,23 +402,27 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(runs, tmp_pa
     assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty metadata", "garbage"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "empty metadata", "garbage"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(runs, damage, capsys):
     directory = runs.new(**FLAGS | {"steps": 2, "save_every": 1})
     last = directory / "checkpoints/step-000002"
     file = last / ".metadata" if damage == "empty metadata" else next(last.glob("*.distcp"))
     content = file.read_bytes()
     file.write_bytes(
-        {"truncated": content[: len(content) // 2], "empty metadata": b"", "garbage": b"?" * 2000}[
-            damage
-        ]
+        {
+            "truncated": content[: len(content) // 2],
+            "empty": b"",
+            "empty metadata": b"",
+            "garbage": b"?" * 2000,
+        }[damage]
     )
     capsys.readouterr()
     lines = {path.name: path.read_bytes() for path in directory.glob("*.jsonl")}
     with pytest.raises(SystemExit) as end:
         resume(directory, "--steps", "6")
     assert "cannot read the checkpoint" in end.value.code and "step-000002" in end.value.code
-    assert "\n" not in end.value.code and "--resume DIR" in end.value.code
+    assert "\n" not in end.value.code and "--resume DIR: " in end.value.code
+    assert "latest" not in end.value.code and not end.value.code.endswith(": ")
     # nothing was cut back
     assert {path.name: path.read_bytes() for path in directory.glob("*.jsonl")} == lines
     assert tiny_runs.ended(directory) == ("finished", 2, "")  # it has not gone on

@@ -25,6 +25,7 @@ from blank import EXERCISES
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import reward
 
+LONGEST = 200  # characters of a value or an exception that the student gets to read
 # A model of two layers for exercise 10; float64, so that every machine draws the same tokens.
 MODEL = {
     "model_type": "qwen2",
@@ -56,7 +57,7 @@ def read_checks(number):
     """The checks of an exercise and the names that their expressions use, the student's apart."""
     tables = tomllib.loads(Path(__file__).with_name("checks.toml").read_text(encoding="utf-8"))
     names = {name: getattr(torch, name) for name in ("tensor", "zeros", "ones", "eye", "float64")}
-    names |= {"array": np.array, "nan": math.nan}
+    names |= {"array": np.array, "nan": math.nan, "raised": raised}
     if number == 10:
         names |= sampler_names()
     if number == 11:
@@ -68,6 +69,15 @@ def read_checks(number):
             check = check._replace(expected=eval(check.expected_from, names))
         checks.append(check)
     return checks, names
+
+
+def raised(call):
+    """Whether a call raises ValueError, in words; what else it raises goes on to the student."""
+    try:
+        call()
+    except ValueError:
+        return "ValueError"
+    return "nothing"
 
 
 def sampler_names():
@@ -125,16 +135,25 @@ def agrees(got, expected, tolerance):
     return abs(got - expected) <= tolerance * max(1, abs(expected))
 
 
+def shorten(text):
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+
+
 def show(value):
-    """A plain value as text, numbers to six digits."""
-    if isinstance(value, list):
-        return f"[{', '.join(show(item) for item in value)}]"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    """A plain value as text, numbers to six digits; shortened, and so never long to make."""
+    if not isinstance(value, list):
+        return shorten(f"{value:.6g}" if isinstance(value, float) else str(value))
+    text = ""
+    for item in value:
+        text += ", " + show(item)
+        if len(text) > LONGEST + 2:
+            break
+    return shorten(f"[{text[2:]}]")
 
 
 def describe(error, folder):
     """An exception in one line, with the last line of the student's files that it passed."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = shorten(" ".join(f"{type(error).__name__}: {error}".split()))
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename).parent == folder:
@@ -154,16 +173,16 @@ def load_module(path):
 
 def run_check(check, names, folder):
     """Run one check -> the fields of its line in the report that depend on the student."""
+    why = check.why
     try:
         got = plain(eval(check.call, names))
-    except Exception as error:
+        for value, sentence in check.mistakes:
+            if agrees(got, value, 1e-4):
+                why = sentence
+        passed = agrees(got, check.expected, check.tolerance)
+        return {"passed": passed, "got": show(got), "why": why}
+    except Exception as error:  # of the student's code, or of a value such as 10**400
         return {"passed": False, "got": describe(error, folder), "why": check.why}
-    why = check.why
-    for value, sentence in check.mistakes:
-        if agrees(got, value, 1e-4):
-            why = sentence
-    passed = agrees(got, check.expected, check.tolerance)
-    return {"passed": passed, "got": show(got), "why": why}
 
 
 def run_checks(number, folder, save=lambda report: None, time_limit=0):

@@ -4,7 +4,8 @@
     python docs/exercises/grade.py mine 1 4       only these
 
 Each exercise runs in a process of its own with a time limit, so an endless loop or a crash costs
-that exercise and nothing else. Exit code 0 for full points, 1 for fewer, 2 for a wrong command.
+that exercise and nothing else. Exit code 0 for full points, 1 for fewer, 2 for a wrong command, 130
+for Ctrl-C.
 """
 
 import json
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from blank import EXERCISES, exit_with_error, read_command
@@ -37,6 +39,7 @@ def run_exercise(number, folder, time_limit=TIME_LIMIT):
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C goes to grade.py alone, which kills the process
                 timeout=START_LIMIT + time_limit,
             )
             end = f"nothing: the process ended with exit code {process.returncode}"
@@ -67,10 +70,8 @@ def print_report(number, report):
     sys.stdout.flush()
 
 
-def main(argv=None):
-    folder, numbers = read_command(
-        "grade.py", __doc__.split("\n")[0], "folder that blank.py made", argv
-    )
+def grade(folder, numbers):
+    """Print the reports of these exercises -> whether they have full points."""
     for number in numbers:
         file = folder / EXERCISES[number].file
         if not file.is_file():
@@ -88,7 +89,22 @@ def main(argv=None):
         points += sum(line["passed"] for line in report)
         total += len(report)
     print(f"\n{points} of {total} points")
-    if points < total:
+    return points == total
+
+
+def main(argv=None):
+    folder, numbers = read_command(
+        "grade.py", __doc__.split("\n")[0], "folder that blank.py made", argv
+    )
+    with suppress(AttributeError):  # a notebook's stdout
+        # a lone surrogate in an answer, or what the terminal lacks, is printed as \ud83d
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        full = grade(folder, numbers)
+    except KeyboardInterrupt:
+        print("grade.py: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    if not full:
         raise SystemExit(1)
 
 
