@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 WARM = "--steps 0 --sft-steps 600"
 TEN_UPDATES = "--minibatch-prompts 4"  # a step
 MINIMUM = "loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)\n    if dual_clip:"
-TEMPERATURE = "temperature=args.temperature,\n        stop_ids"
+TEMPERATURE = "temperature=args.temperature,\n        on_tokens"
 # The edits of the experiments: {name: (file, text, what takes its place)}.
 EDITS = {
     "noclip": ("copo.py", MINIMUM, "loss = -ratio * advantages\n    if dual_clip and False:"),
     "maximum": ("copo.py", MINIMUM, MINIMUM.replace("minimum", "maximum")),
-    "mismatch": ("train.py", TEMPERATURE, "temperature=0.5,\n        stop_ids"),
+    "mismatch": ("train.py", TEMPERATURE, "temperature=0.5,\n        on_tokens"),
 }
 # {name: flags}; a run whose name begins with that of an edit is made with it.
 RUNS = {

@@ -12,6 +12,7 @@ cannot be run here. Those are not run, but their flags must be known. Commands t
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import io
 import json
@@ -330,6 +331,16 @@ def phases(name):
     text = (HERE / "docs/metrics.md").read_text()
     (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", text, flags=re.M)
     return {name.replace("PHASE", phase) for phase in re.findall(r"`(\w+)`", row)}
+
+
+def test_the_edits_of_the_experiments_still_apply():
+    """docs/measure_lab.py finds each text that it replaces, once."""
+    spec = importlib.util.spec_from_file_location("measure_lab", HERE / "docs/measure_lab.py")
+    measure_lab = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measure_lab)
+    assert len(measure_lab.EDITS) == 3
+    for file, text, replacement in measure_lab.EDITS.values():
+        assert (HERE / file).read_text().count(text) == 1 and replacement != text
 
 
 def test_metrics_page_names_what_runs_log(tmp_path, monkeypatch):

@@ -1101,14 +1101,15 @@ def test_failing_workers_are_replaced_and_counted(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_workers_leave_interrupts_and_preemption_to_the_trainer():
+    others = workers_of(os.getpid())  # such as the fork server of tests before this one
     with reward.Verifier(workers=1) as verifier:
         verifier.grade_groups([["5"]], ["5"])
-        (worker,) = workers_of(os.getpid())
+        (worker,) = set(workers_of(os.getpid())) - {*others}
         for sent in (signal.SIGINT, signal.SIGTERM):
             os.kill(worker, sent)
             (group,) = verifier.grade_groups([["5"]], ["5"])
         assert group == (["5"], [True], [1.0], [0], [""]) and not verifier.failures
-        assert workers_of(os.getpid()) == [worker]
+        assert worker in workers_of(os.getpid())
 
 
 def alive(pid: int) -> bool:
