@@ -1,6 +1,6 @@
 """Measure the figures of docs/lab.md again: all runs of its experiments, the edited ones included.
 
-    python docs/measure_lab.py WORK    # a new folder; half an hour on one thread
+    python docs/measure_lab.py WORK    # a new folder; a quarter of an hour on one thread
 
 Clones this repository's last commit into WORK, makes the runs there, and prints their figures, and
 while they run the CPU seconds of each. A run that is there already is not made again, so the same

@@ -55,7 +55,7 @@ LONG = {
     ".venv/bin/pip install -r requirements.txt -r tests/requirements.txt": "some minutes",
     ". .venv/bin/activate": "of the environment made above it",
     "pip install jupyterlab && jupyter lab docs/copo.ipynb": "opens a browser",
-    "python docs/measure_lab.py WORK": "makes all runs of docs/lab.md: half an hour",
+    "python docs/measure_lab.py WORK": "makes all runs of docs/lab.md: a quarter of an hour",
     "python train.py": "the demonstration, as above",
     "python train.py --reward format.py:grade": (
         "the demonstration with another reward; a test below trains a tiny model with it"
