@@ -136,7 +136,7 @@ class KVCache:
     A row's tokens stand at its front, in order. What lies behind them is never seen, but must be
     finite. The two methods that return an attention function are for Transformer.forward."""
 
-    def __init__(self, config, rows, capacity, dtype=torch.float32, device="cpu"):
+    def __init__(self, config, rows, capacity, dtype, device):
         shape = (2, rows, config.num_key_value_heads, capacity, config.head_dim)  # keys, values
         layers = range(config.num_hidden_layers)
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]

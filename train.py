@@ -1475,9 +1475,9 @@ def load_state(run):
     if rank() == 0:
         record_run(run, parameters)
         if args.track:
-            script = HERE / "study/track.py"  # ends when its stdin is closed, so with this process
-            command = [sys.executable, script, run.directory, args.track, "--follow"]
-            run.tracker = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            # It ends when its stdin is closed, so with this process.
+            argv = [sys.executable, HERE / "study/track.py", run.directory, args.track, "--follow"]
+            run.tracker = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
     print0(
         f"model   {run.model.source}: {parameters / 1e6:.1f} M parameters, {args.dtype}, "
         f"{args.device}, {world_size()} × {torch.get_num_threads()} threads"
@@ -1616,9 +1616,11 @@ def memory_plan(config, args, ranks):
 
 
 def rows_in_flight(args, ranks):
-    """Rows that a rank samples at the same time, at most: --rollout-batch, which an evaluation may
-    fill where a step does not; else all of a step."""
-    return args.rollout_batch or math.ceil(args.prompts_per_step / ranks) * args.group_size
+    """Rows that a rank samples at the same time, at most: all of a step's, or --rollout-batch,
+    which an evaluation fills where a step does not."""
+    rows = math.ceil(args.prompts_per_step / ranks) * args.group_size
+    limit = args.rollout_batch or rows
+    return limit if args.eval_data else min(rows, limit)
 
 
 def choose_rollout_batch(config, args):

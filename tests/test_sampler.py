@@ -430,7 +430,7 @@ def test_cache_in_pieces_equals_one_pass(kind):
     model = tiny(kind, dtype=torch.float64)
     ids = torch.tensor(ragged_prompts([40] * 4))
     whole = model(ids)
-    cache = KVCache(model.config, 6, 64, torch.float64)
+    cache = KVCache(model.config, 6, 64, torch.float64, "cpu")
     for layer in cache.layers:
         layer.fill_(1e3)  # what a row held before must never be seen
 

@@ -382,7 +382,10 @@ def test_an_evaluation_has_no_more_rows_in_flight_than_the_plan_counts(runs, mon
     sizes = {"prompts_per_step": 2, "minibatch_prompts": 2, "group_size": 2, "rollout_batch": 16}
     directory = runs.new(eval_samples=16, steps=1, **sizes)
     flags = json.loads((directory / "run.json").read_text())["flags"]
-    assert train.rows_in_flight(argparse.Namespace(**flags), 1) == 16
+    args = argparse.Namespace(**flags)
+    assert train.rows_in_flight(args, 1) == 16
+    args.eval_data = None
+    assert train.rows_in_flight(args, 1) == 4
     assert max(made) == 16
 
 
