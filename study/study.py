@@ -930,7 +930,10 @@ def main(argv=None):
     record = load_record()
     chosen = [cell for cell in all_cells() if fnmatch(cell.name, args.only)]
     if args.unpack:
-        unpack(record, Path(args.unpack))
+        try:
+            unpack(record, Path(args.unpack))
+        except OSError as error:
+            parser.error(error)
     elif args.list:
         list_cells(chosen, record, args.model)
     elif args.tables:

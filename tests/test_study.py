@@ -222,6 +222,14 @@ def test_a_cell_waits_for_its_rules_learning_rate(tmp_path, monkeypatch, capsys)
     assert stop.value.code == 2 and error.count("\n") == 1 and "hard/grpo-0" in error
 
 
+def test_a_place_that_cannot_be_written_ends_unpack_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        study.main(["--unpack", str(tmp_path / "file/runs")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "file/runs" in error
+
+
 def test_the_long_run_waits_for_the_best_other_rule(monkeypatch):
     record = {}
     for name in study.CONFIGURATIONS:
