@@ -442,7 +442,7 @@ class Algorithm:
 PRESETS = {
     # the authors' release script
     "copo": Algorithm(),
-    # the bare equations, with the values that the paper reports as best
+    # the bare equations, with the values that the paper is reported to find best
     "copo-paper": Algorithm(blend="soft", gamma=20.0, rho=1.5),
     # ours: the paper's rule as its public reviews seem to describe it
     "copo-group": Algorithm(blend="soft-zero-group"),
@@ -631,9 +631,9 @@ def print_worked_batch():
         results[name] = compute_advantages(correct, correct, classes, None, PRESETS[name], None)
     print_quantities(correct, results["copo"])
     print_effective_advantages(correct, results)
-    wasted = (~is_mixed(correct)).nonzero()[:, 0] + 1
-    prompts = ", ".join(str(prompt) for prompt in wasted.tolist())
-    print(f"\nGRPO wastes the groups of prompts {prompts}: all right or all wrong, so A^l = 0.")
+    idle = (~is_mixed(correct)).nonzero()[:, 0] + 1
+    prompts = ", ".join(str(prompt) for prompt in idle.tolist())
+    print(f"\nGRPO gets no gradient from prompts {prompts}: all right or all wrong, so A^l = 0.")
 
 
 LEGEND = """\

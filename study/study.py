@@ -824,6 +824,21 @@ def marks_table(reports, corrected):
     return markdown_table("The marks, over rules and mixes", header, rows)
 
 
+def seeds_table(reports, statistic):
+    """The difference to grpo of each seed by itself, in points, from seed 0 on."""
+    rows = []
+    for name in CONFIGURATIONS:
+        row = [name]
+        for mix in MIXES:
+            results = reports.get(mix, {}).get(name, {}).get(statistic)
+            by_seed = results["difference"]["runs"] if results and results["difference"] else []
+            row.append(", ".join(f"{100 * difference:+.1f}" for difference in by_seed))
+        if any(row[1:]):
+            rows.append(row)
+    title = f"Each seed minus grpo's, points: {statistic}"
+    return markdown_table(title, ["configuration", *MIXES], rows)
+
+
 def make_tables(record, reports):
     """The tables of docs/study.md, in Markdown."""
     corrected = holm(area_tests(reports))
@@ -834,6 +849,7 @@ def make_tables(record, reports):
             tables.append(steps_table(record, part, report))
         tables.append(beside_table(record, part, report))
     tables += [equal_groups_table(record, reports), marks_table(reports, corrected)]
+    tables += [seeds_table(reports, statistic) for statistic in (LAST, AREA)]
     return "\n".join(tables)
 
 

@@ -1030,7 +1030,7 @@ def test_main_prints_the_worked_batch(capsys):
     assert " ".join(pushed.split()[3:]) == "0 of 40 0.0% 5 of 40 12.5% 1 of 40 2.5% 1 of 40 2.5%"
     idle = next(line for line in text.splitlines() if line.startswith("groups |A| < 0.01"))
     assert " ".join(idle.split()[4:]) == "6 of 9 0 of 9 1 of 9 0 of 9"
-    assert "GRPO wastes the groups of prompts 1, 5, 6, 7, 8, 9:" in text
+    assert "GRPO gets no gradient from prompts 1, 5, 6, 7, 8, 9:" in text
 
 
 def test_main_refuses_an_unknown_flag(capsys):
