@@ -767,6 +767,20 @@ def test_the_plan_of_a_directory_without_a_config_is_refused(tmp_path, capsys):
     assert end.value.code == 2 and capsys.readouterr().err.count("config.json") == 1
 
 
+def test_the_plan_of_a_hub_model_asks_for_its_config_alone(tmp_path, monkeypatch, capsys):
+    asked = []
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+
+    def cached_file(model, name):
+        asked.append((model, name))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(train, "cached_file", cached_file)
+    train.main(["--model", "owner/name", "--plan", "2"])
+    assert asked == [("owner/name", "config.json")]
+    assert "each of 2 ranks, float32, owner/name" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_a_layer_compiles_whole(runs, dtype):
     """A break in the graph changes no number, so only a count shows it. bfloat16 is sharded."""

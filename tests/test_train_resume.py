@@ -343,6 +343,15 @@ def test_resuming_a_finished_run_changes_nothing(runs):
     assert tiny_runs.difference(directory, runs.shared(**FLAGS)) is None
 
 
+def test_a_run_of_ranks_that_deferred_their_gradients_goes_on_alone(runs):
+    directory = runs.new(steps=1)
+    info = json.loads((directory / "run.json").read_text())
+    info["flags"]["defer_gradient_sync"] = True  # which one process would refuse
+    (directory / "run.json").write_text(json.dumps(info))
+    resume(directory, "--steps", "2")
+    assert tiny_runs.ended(directory)[:2] == ("finished", 2)
+
+
 def test_a_resume_from_an_earlier_step_removes_later_exports_too(runs):
     directory = runs.new(steps=3, save_every=1, keep=9, export_every=1)
     assert (directory / "model-000003").is_dir()
