@@ -23,7 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # left out under PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from plot import read_lines
+
 import copo
 from eval import bootstrap_interval
 from sampler import exit_with_error
@@ -88,14 +91,6 @@ class TrainedRun(NamedTuple):
     metrics: list  # lines of metrics.jsonl, one per step
 
 
-def read_lines(path):
-    """The lines of a run's JSONL file, which need not exist yet; a last half line is left out."""
-    if not Path(path).exists():
-        return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def load_run(path):
     """Read a run's files -> TrainedRun; ValueError says why the run cannot be compared.
 
@@ -103,8 +98,8 @@ def load_run(path):
     """
     try:
         info = json.loads(Path(path, "run.json").read_text(encoding="utf-8"))
-        evaluations = {line["step"]: line for line in read_lines(f"{path}/eval.jsonl")}
-        metrics = read_lines(f"{path}/metrics.jsonl")
+        evaluations = {line["step"]: line for line in read_lines(Path(path, "eval.jsonl"))}
+        metrics = read_lines(Path(path, "metrics.jsonl"))
         run = TrainedRun(path, info["flags"], evaluations, metrics)
         check_run(run, info)
         # A field that they need and that is missing raises here, not later.

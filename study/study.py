@@ -47,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "study")]
 import compare  # noqa: E402
 import make_arithmetic  # noqa: E402
+from plot import read_lines  # noqa: E402
 
 from eval import number_in  # noqa: E402
 from sampler import exit_with_error  # noqa: E402
@@ -334,7 +335,7 @@ def equal_groups(directory, coef):
     advantage A = w A^l + coef (1 − w) A^g. Both of the groups trained on.
     """
     found = {}  # (verdict, step) -> A of each of its groups
-    for line in compare.read_lines(directory / "groups.jsonl"):
+    for line in read_lines(directory / "groups.jsonl"):
         if len(set(line["correct"])) > 1:
             continue
         effective = []
@@ -345,7 +346,7 @@ def equal_groups(directory, coef):
     for verdict, name in enumerate(("all_wrong", "all_right")):
         shares = columns[f"{name}_share"] = []
         advantages = columns[f"{name}_adv"] = []
-        for line in compare.read_lines(directory / "metrics.jsonl"):
+        for line in read_lines(directory / "metrics.jsonl"):
             alike = found.get((verdict, line["step"]))
             shares.append(fmean(map(any, alike)) if alike else None)
             advantages.append(fmean(map(fmean, alike)) if alike else None)
@@ -362,7 +363,7 @@ def read_run(directory, eval_every):
 
     equal = equal_groups(directory, flags["global_coef"])
     metrics = {name: [] for name in (*COLUMNS, *equal)}
-    for i, line in enumerate(compare.read_lines(directory / "metrics.jsonl")):
+    for i, line in enumerate(read_lines(directory / "metrics.jsonl")):
         if line["responses"] > flags["steps"] * unit:
             break
         line |= {name: values[i] for name, values in equal.items()}
@@ -372,7 +373,7 @@ def read_run(directory, eval_every):
             metrics[name].append(round(value, 4) if value else value)
 
     held_out = []
-    evaluations = compare.read_lines(directory / "eval.jsonl")
+    evaluations = read_lines(directory / "eval.jsonl")
     for step in range(0, flags["steps"] + 1, eval_every):
         line = [line for line in evaluations if line["responses"] <= step * unit][-1]
         k = line["k"]
@@ -550,7 +551,7 @@ def stop_if_done(job):
     """Stop a run of dapo that has sampled as many responses as the others do."""
     if "dapo" not in job.cell.name or job.stopped:
         return
-    metrics = compare.read_lines(job.directory / "metrics.jsonl")
+    metrics = read_lines(job.directory / "metrics.jsonl")
     if metrics and metrics[-1]["responses"] >= job.cell.steps * RESPONSES:
         job.stopped = True
         job.process.terminate()  # train.py saves and ends; a second signal would kill it
