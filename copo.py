@@ -631,8 +631,8 @@ def print_worked_batch():
         results[name] = compute_advantages(correct, correct, classes, None, PRESETS[name], None)
     print_quantities(correct, results["copo"])
     print_effective_advantages(correct, results)
-    idle = (~is_mixed(correct)).nonzero()[:, 0] + 1
-    prompts = ", ".join(str(prompt) for prompt in idle.tolist())
+    equal = (~is_mixed(correct)).nonzero()[:, 0] + 1
+    prompts = ", ".join(str(prompt) for prompt in equal.tolist())
     print(f"\nGRPO gets no gradient from prompts {prompts}: all right or all wrong, so A^l = 0.")
 
 

@@ -222,7 +222,7 @@ def parse_flags(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.checkpoint and (args.model or not args.run):
-        raise ValueError("--checkpoint is one of --run's, and goes without --model")
+        raise ValueError("--checkpoint is one of --run's, and goes without --model: give --run")
     if args.run:
         parser.set_defaults(**flags_of_run(args))
         args = parser.parse_args(argv)

@@ -1164,6 +1164,7 @@ def cut_back_files(run):
         path = run.directory / name
         if path.exists():
             os.truncate(path, min(run.state.files.get(name, 0), path.stat().st_size))
+    # step-000003 and model-000003, its export
     for saved in [*list_checkpoints(run.directory), *run.directory.glob("model-*")]:
         if saved.name.replace("model", "step") > checkpoint_name(run):
             delete_directory(saved)
@@ -1640,7 +1641,7 @@ def print_plan(args):
     """--plan: the memory that these flags need."""
     model = args.model or TINY_MODEL
     path = cached_file(model, "config.json")  # of a Hub id this file alone
-    require(path, f"--model {model} has no config.json")
+    require(path, f"--model {model} has no config.json: name a model's directory or Hub id")
     config = Config.parse(json.loads(Path(path).read_text()))
     print(f"GiB on each of {args.plan} ranks, {args.dtype}, {model}")
     for name, size in memory_plan(config, args, args.plan).items():

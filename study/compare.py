@@ -258,7 +258,7 @@ def run_statistics(run, steps):
         equal = [line.get("equal_groups_drawn", 1 - line["mixed"]) for line in metrics]
         no_gradient = [line["zero_gradient_groups"] for line in metrics]
         pushed_up = [line["wrong_pushed_up"] for line in metrics]
-        if "token_entropy" in metrics[-1]:  # a step without an update has none
+        if metrics[-1].get("token_entropy") is not None:  # a step without an update has none
             statistics["token entropy, last step"] = metrics[-1]["token_entropy"]
         statistics["response length, last step"] = metrics[-1]["length_mean"]
         statistics["groups of equal verdicts"] = np.mean(equal)

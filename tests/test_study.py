@@ -42,6 +42,8 @@ for step in range(flags["steps"] + 1):
             "right_pushed_down": 0.0, "token_entropy": 0.5, "length_mean": 9.0,
             "loss": 0.1, "prompts_trained": 40, "prompts_drawn": per_step // 6,
             "responses": step * per_step}
+    if flags["algo"] == "dapo" and step == flags["steps"] // 4:
+        del line["token_entropy"]  # the last that counts had no update
     weight = int(flags["algo"] == "grpo")
     groups = [{"step": step, "correct": [0, 0], "weight": [weight] * 2, "local_adv": [0, 0],
                "global_adv": -1}]
@@ -296,6 +298,17 @@ def test_dapo_is_measured_in_the_responses_that_the_others_had(fakes):
     firsts = [line["correct"][0] for line in cell["held_out"]]
     assert firsts == [n % 5 for n in range(study.STEPS // study.EVAL_EVERY + 1)]
     assert study.gradient_share(cell) == 0.25
+
+
+def test_a_step_without_an_update_goes_on_record(fakes, tmp_path):
+    fakes("easy/dapo-0")
+    cell = study.load_record()["easy/dapo-0"]
+    assert cell["metrics"]["token_entropy"] == [0.5] * 3 + [None]
+    study.unpack({"easy/dapo-0": cell}, tmp_path / "unpacked")
+    run = study.compare.load_run(str(tmp_path / "unpacked/easy/dapo-0"))
+    statistics = study.compare.run_statistics(run, run.evaluations)
+    assert "token entropy, last step" not in statistics
+    assert statistics["response length, last step"] == 9.0
 
 
 def tables_of(printed):
